@@ -1,0 +1,39 @@
+"""Use a trained model:  python -m gannorm sample|translate CHECKPOINT ...
+
+CHECKPOINT is a checkpoint file, or a run folder (then its newest checkpoint).
+"""
+
+import argparse
+from pathlib import Path
+
+from gannorm.errors import answering_requests
+from gannorm.inference import sample, translate
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(prog="python -m gannorm", description=__doc__)
+    commands = main.add_subparsers(required=True, metavar="COMMAND")
+
+    one = commands.add_parser("sample", help="generate images of a class, one PNG each")
+    one.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    one.add_argument(
+        "--class", dest="label", type=int, metavar="K", help="class number; all in turn by default"
+    )
+    one.add_argument("--count", type=int, default=100, help="how many images (100)")
+    one.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+    one.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR")
+    one.set_defaults(run=lambda a: sample(a.checkpoint, a.label, a.count, a.seed, a.out))
+
+    two = commands.add_parser("translate", help="translate a folder of images")
+    two.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    two.add_argument("source", type=Path, metavar="IN_DIR")
+    two.add_argument("target", type=Path, metavar="OUT_DIR")
+    two.add_argument("--direction", choices=("AtoB", "BtoA"), required=True)
+    two.set_defaults(run=lambda a: translate(a.checkpoint, a.source, a.target, a.direction))
+    return main
+
+
+if __name__ == "__main__":
+    with answering_requests():
+        arguments = parser().parse_args()
+        arguments.run(arguments)

@@ -1,0 +1,131 @@
+"""Checkpoints: one file holds everything a run needs to go on, written whole or not at all."""
+
+import os
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gannorm.errors import RequestError
+
+FORMAT = 1
+# What may differ between a run and its continuation; everything else decides what is trained.
+FREE = ("resume", "trainer", "norm.backend", "data.root", "data.num_workers", "data.download")
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every generator that training can draw on, as tensors and plain values."""
+    version, keys, gauss = random.getstate()
+    name, words, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": (version, keys, gauss),
+        "numpy": (name, torch.from_numpy(np.asarray(words).astype(np.int64)), *rest),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, words, *rest = state["numpy"]
+    np.random.set_state((name, words.numpy().astype(np.uint32), *rest))
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint so that `path` never holds half of one, even after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        torch.save({"format": FORMAT, **content}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint: tensors and plain values only, no code (`weights_only=True`).
+
+    Raises:
+        RequestError: no such file, or not a checkpoint of this program.
+    """
+    if not path.is_file():
+        raise RequestError(f"there is no checkpoint {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RequestError(f"{path} is not a readable checkpoint: {reason}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise RequestError(f"{path} is not a gannorm checkpoint of format {FORMAT}")
+    return content
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The checkpoint of a run folder with the most steps, or None."""
+    found = sorted((run_dir / "checkpoints").glob("step_*.pt"))
+    return found[-1] if found else None
+
+
+def resolve(path: Path) -> Path:
+    """A checkpoint file, given itself or its run folder.
+
+    Raises:
+        RequestError: neither is there.
+    """
+    if not path.is_dir():
+        if not path.is_file():
+            raise RequestError(f"there is no checkpoint or run folder {path}")
+        return path
+    found = newest(path)
+    if found is None:
+        raise RequestError(f"{path} holds no checkpoints/step_*.pt")
+    return found
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what a crash left half-written."""
+    folder = run_dir / "checkpoints"
+    for path in sorted(folder.glob("step_*.pt"))[:-keep]:
+        path.unlink()
+    for path in folder.glob("*.partial"):
+        path.unlink()
+
+
+def check_same(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    """Refuse to continue a run under a config that would train something else.
+
+    Raises:
+        RequestError: naming every key that differs, with both values.
+    """
+    old, new = _flat(saved), _flat(now)
+    differing = [
+        f"{key}={new.get(key)!r} (the run: {old.get(key)!r})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not any(_under(key, free) for free in FREE)
+    ]
+    if differing:
+        raise RequestError(
+            f"cannot continue {path} with another configuration: {', '.join(differing)}; "
+            "repeat the overrides of the run, or start a new one without resume="
+        )
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def _under(key: str, parent: str) -> bool:
+    return key == parent or key.startswith(parent + ".")

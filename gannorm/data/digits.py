@@ -1,0 +1,117 @@
+"""Embedded data: scikit-learn's 1,797 handwritten digits, alone or on photographs.
+
+Real images that come with the package, so that every command works without a download.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from sklearn.datasets import load_digits, load_sample_images
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from gannorm.config import DigitsConfig
+
+if TYPE_CHECKING:
+    from gannorm.data import Batch, Data
+
+TEST_SHARE = 5  # every fifth digit is held out
+
+
+class _Tensors:
+    """Images and labels in memory."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fetch(self, index: list[int], generator: torch.Generator) -> "Batch":
+        return {"image": self.images[index], "label": self.labels[index]}
+
+
+class _OnPhotos(_Tensors):
+    """|photo patch - digit|: digits (N, C, S, S) on patches cut anew for every batch.
+
+    photos: (C, H, W) in [0, 1].
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, photos: list[Tensor]) -> None:
+        super().__init__(images, labels)
+        self.photos = photos
+
+    def fetch(self, index: list[int], generator: torch.Generator) -> "Batch":
+        batch = super().fetch(index, generator)
+        size = self.images.shape[-1]
+        which = torch.randint(len(self.photos), (len(index),), generator=generator)
+        place = torch.rand(len(index), 2, generator=generator)
+        patches = []
+        for w, (down, right) in zip(which.tolist(), place.tolist(), strict=True):
+            photo = self.photos[w]
+            top = int(down * (photo.shape[1] - size + 1))
+            left = int(right * (photo.shape[2] - size + 1))
+            patches.append(photo[:, top : top + size, left : left + size])
+        digit = (batch["image"] + 1) / 2
+        return {**batch, "image": (torch.stack(patches) - digit).abs() * 2 - 1}
+
+
+def _digit_images(cfg: DigitsConfig) -> tuple[Tensor, Tensor]:
+    """All digits (1797, C, S, S) in [-1, 1] and their labels, in scikit-learn's order."""
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images).float().unsqueeze(1) / 16
+    size = (cfg.image_size, cfg.image_size)
+    images = interpolate(images, size, mode="bicubic", align_corners=False).clamp(0, 1)
+    images = images.expand(-1, cfg.channels, -1, -1) * 2 - 1
+    return images.contiguous(), torch.from_numpy(bunch.target).long()
+
+
+def _photo_halves(cfg: DigitsConfig) -> tuple[list[Tensor], list[Tensor]]:
+    """The two photographs, shrunk; their left three quarters to train on, the rest held out."""
+    train, test = [], []
+    for photo in load_sample_images().images:
+        image = torch.from_numpy(photo.copy()).permute(2, 0, 1).unsqueeze(0).float() / 255
+        if cfg.channels == 1:
+            image = image.mean(1, keepdim=True)
+        scale = max(cfg.image_size / 64, 0.25)
+        size = (int(image.shape[2] * scale), int(image.shape[3] * scale))
+        image = interpolate(image, size, mode="area")[0]
+        cut = image.shape[2] * 3 // 4
+        train.append(image[:, :, :cut])
+        test.append(image[:, :, cut:])
+    return train, test
+
+
+def digits(cfg: DigitsConfig) -> "Data":
+    """Class-conditional: handwritten digits with their labels."""
+    from gannorm.data import Data
+
+    images, labels = _digit_images(cfg)
+    held_out = torch.arange(len(images)) % TEST_SHARE == 0
+    return Data(
+        [_Tensors(images[~held_out], labels[~held_out])],
+        [_Tensors(images[held_out], labels[held_out])],
+        num_classes=10,
+    )
+
+
+def digits_m(cfg: DigitsConfig) -> "Data":
+    """Unpaired translation: digits (A) and other digits on photographs (B).
+
+    The held-out digits stand in both domains: test B[i] is test A[i] on a patch of a part of the
+    photographs that training never sees.
+    """
+    from gannorm.data import Data
+
+    images, labels = _digit_images(cfg)
+    turn = torch.arange(len(images)) % TEST_SHARE
+    a, b, held_out = (turn == 1) | (turn == 3), (turn == 2) | (turn == 4), turn == 0
+    train_photos, test_photos = _photo_halves(cfg)
+    test = _OnPhotos(images[held_out], labels[held_out], test_photos)
+    fixed = test.fetch(list(range(len(test))), torch.Generator().manual_seed(0))
+    return Data(
+        [_Tensors(images[a], labels[a]), _OnPhotos(images[b], labels[b], train_photos)],
+        [_Tensors(images[held_out], labels[held_out]), _Tensors(fixed["image"], fixed["label"])],
+        num_classes=10,
+        counterparts=True,
+    )

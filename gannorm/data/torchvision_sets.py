@@ -1,0 +1,64 @@
+"""CIFAR-10 and MNIST, through torchvision, downloaded where the machine can."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision import datasets
+
+from gannorm.config import TorchvisionConfig
+from gannorm.errors import RequestError
+
+if TYPE_CHECKING:
+    from gannorm.data import Batch, Data
+
+SETS = {"cifar10": datasets.CIFAR10, "mnist": datasets.MNIST}
+
+
+class _Pixels:
+    """uint8 images (N, C, S, S) in memory, mirrored at random where asked."""
+
+    def __init__(self, images: Tensor, labels: Tensor, flip: bool) -> None:
+        self.images, self.labels, self.flip = images, labels, flip
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fetch(self, index: list[int], generator: torch.Generator) -> "Batch":
+        images = self.images[index].float().div_(127.5).sub_(1)
+        if self.flip:
+            mirrored = torch.rand(len(index), generator=generator) < 0.5
+            images[mirrored] = images[mirrored].flip(-1)
+        return {"image": images, "label": self.labels[index]}
+
+
+def _load(cfg: TorchvisionConfig, train: bool) -> tuple[Tensor, Tensor]:
+    root = Path(cfg.root).expanduser()
+    try:
+        found = SETS[cfg.name](root, train=train, download=cfg.download)
+    except (RuntimeError, OSError) as error:  # URLError is an OSError
+        reason = str(error).splitlines()[0]
+        raise RequestError(
+            f"data={cfg.name}: not found in {root} and not to be downloaded here ({reason}); put "
+            f"torchvision's {cfg.name} files there, name another folder with data.root=, or use "
+            "data=digits, which needs no download"
+        ) from error
+    images = torch.as_tensor(found.data)
+    images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images.unsqueeze(1)
+    if cfg.channels != images.shape[1]:
+        images = images.float().mean(1, keepdim=True).expand(-1, cfg.channels, -1, -1).byte()
+    if cfg.image_size != images.shape[-1]:
+        size = (cfg.image_size, cfg.image_size)
+        images = interpolate(images.float(), size, mode="bilinear", antialias=True)
+        images = images.round().byte()
+    return images.contiguous(), torch.as_tensor(found.targets).long()
+
+
+def torchvision_set(cfg: TorchvisionConfig) -> "Data":
+    """Class-conditional: the training split, and the test split held out."""
+    from gannorm.data import Data
+
+    train, test = _load(cfg, True), _load(cfg, False)
+    return Data([_Pixels(*train, flip=cfg.flip)], [_Pixels(*test, flip=False)], num_classes=10)

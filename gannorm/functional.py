@@ -1,0 +1,446 @@
+"""Public ops: torch's signatures first, our epilogue after the star, the backend picked here.
+
+    y = act((x - mean) * rstd * weight[label] + bias[label] (+ residual)) (+ residual)
+
+Statistics over one plane (instance), a group of planes (group, layer) or one channel of the
+batch (batch); the affine is a table of rows picked by label. See `docs/design.md`.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from gannorm import reference
+from gannorm.autograd import NormFunction
+from gannorm.errors import RequestError
+from gannorm.reference import NormSpec
+
+BACKENDS = ("auto", "triton", "torch")
+ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
+_backend: ContextVar[str] = ContextVar("backend", default="auto")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the norms inside the block on "triton", "torch", or "auto" (Triton for CUDA tensors).
+
+    Raises:
+        RequestError: an unknown name, or "triton" where no kernel can run.
+    """
+    check_backend(name)
+    token = _backend.set(name)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def _interpreted() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def check_backend(name: str) -> None:
+    """Refuse a backend that is unknown or cannot run on this machine."""
+    if name not in BACKENDS:
+        raise RequestError(f"backend={name!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if name == "triton":
+        if find_spec("triton") is None:
+            raise RequestError(
+                "backend='triton': triton is not installed here (it exists for Linux); "
+                "use backend 'auto' or 'torch'"
+            )
+        if not torch.cuda.is_available() and not _interpreted():
+            raise RequestError(
+                "backend='triton': no GPU was found, and Triton kernels need one; use backend "
+                "'auto' or 'torch', or set TRITON_INTERPRET=1 to interpret the kernels (slowly)"
+            )
+
+
+def _module_for(x: Tensor) -> ModuleType:
+    name = _backend.get()
+    if name == "torch" or (name == "auto" and not x.is_cuda) or x.device.type == "meta":
+        return reference
+    if name == "auto" and find_spec("triton") is None:
+        return reference
+    if name == "triton" and not x.is_cuda and not _interpreted():
+        raise ValueError(
+            f"backend='triton' cannot run on a tensor on {x.device}; move it to a GPU, use backend "
+            "'auto' or 'torch', or set TRITON_INTERPRET=1"
+        )
+    from gannorm import kernels
+
+    return kernels
+
+
+def _check_input(x: Tensor, op: str, minimum_dim: int = 2) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{op}: input must be a floating-point tensor, got {kind}")
+    if x.dim() < minimum_dim:
+        raise ValueError(
+            f"{op}: input must have at least {minimum_dim} dimensions (N, C, ...), "
+            f"got shape {tuple(x.shape)}"
+        )
+
+
+def _check_vector(t: Tensor | None, name: str, channels: int, op: str) -> None:
+    if t is not None and tuple(t.shape) != (channels,):
+        raise ValueError(
+            f"{op}: {name} must have shape ({channels},), one value per channel of the input, "
+            f"got {tuple(t.shape)}"
+        )
+
+
+def _check_tables(
+    weight: Tensor | None, bias: Tensor | None, labels: Tensor, x: Tensor, op: str
+) -> None:
+    channels = x.shape[1]
+    rows = None
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        if t.dim() != 2 or t.shape[1] != channels or rows not in (None, t.shape[0]):
+            raise ValueError(
+                f"{op}: {name} must have shape (num_classes, {channels}), the same for weight and "
+                f"bias, got {tuple(t.shape)}"
+            )
+        rows = t.shape[0]
+    if labels.dtype != torch.int64 or tuple(labels.shape) != (x.shape[0],):
+        kind = TypeError if labels.dtype != torch.int64 else ValueError
+        raise kind(
+            f"{op}: labels must be an int64 tensor of shape ({x.shape[0]},), one label per sample, "
+            f"got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    # On a GPU the check would wait for the device: there the kernel's lookup stays in bounds.
+    if rows is not None and labels.device.type == "cpu" and labels.numel():
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= rows:
+            raise ValueError(
+                f"{op}: labels must lie in 0..{rows - 1} (num_classes={rows}), got {low}..{high}"
+            )
+
+
+def _normalize(
+    x: Tensor,
+    weight: Tensor | None,  # (K, C)
+    bias: Tensor | None,
+    labels: Tensor | None,
+    stats: tuple[Tensor, Tensor] | None,
+    groups: int,
+    eps: float,
+    op: str,
+    activation: str | None,
+    negative_slope: float,
+    residual: Tensor | None,
+    residual_after_activation: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check the epilogue, flatten to (N, C, S), run the Function, restore shape and layout."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation={activation!r} is unknown; choose from {ACTIVATIONS}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(
+            f"{op}: residual must have the input's shape {tuple(x.shape)}, "
+            f"got {tuple(residual.shape)}"
+        )
+    spec = NormSpec(groups, eps, activation, negative_slope, residual_after_activation)
+    flat = (x.shape[0], x.shape[1], math.prod(x.shape[2:]))
+    if residual is not None:
+        residual = residual.to(x.dtype).reshape(flat).contiguous()
+    mean, var = stats if stats is not None else (None, None)
+    y, mean, var = NormFunction.apply(
+        x.reshape(flat).contiguous(), weight, bias, residual, labels, mean, var, spec,
+        _module_for(x),
+    )  # fmt: skip
+    y = y.view(x.shape)
+    if x.dim() == 4 and not x.is_contiguous():
+        y = y.contiguous(memory_format=_memory_format(x))
+    return y, mean, var
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+@torch.no_grad()
+def _update_running(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float,
+    var_estimator: str,
+) -> None:
+    """Move the running statistics (C,) towards the batch's; non-finite ones never enter."""
+    if var_estimator == "unbiased":
+        var = var * (count / max(count - 1, 1))
+    finite = mean.isfinite() & var.isfinite()
+    for running, new in ((running_mean, mean), (running_var, var)):
+        if running is not None:
+            new = torch.where(finite, new.to(running.dtype), running)
+            running.lerp_(new, momentum)
+
+
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    op: str,
+    degenerate: str,
+    var_estimator: str,
+    **epilogue: object,
+) -> Tensor:
+    for name, t in (("running_mean", running_mean), ("running_var", running_var)):
+        _check_vector(t, name, x.shape[1], op)
+    if not training:
+        if running_mean is None or running_var is None:
+            raise ValueError(
+                f"{op}: training=False needs running_mean and running_var; pass both, or "
+                "training=True to use the batch's own statistics"
+            )
+        stats = (running_mean, running_var)
+        return _normalize(x, weight, bias, labels, stats, 0, eps, op, **epilogue)[0]  # type: ignore[arg-type]
+    count = x.numel() // max(x.shape[1], 1)
+    if count == 1 and degenerate != "beta":
+        raise ValueError(
+            f"{op}: one value per channel has no variance (input of shape {tuple(x.shape)}, "
+            "N*H*W = 1); use a larger batch or image, a norm with statistics inside the sample, "
+            'or degenerate="beta" to get exactly the bias'
+        )
+    y, mean, var = _normalize(x, weight, bias, labels, None, 0, eps, op, **epilogue)  # type: ignore[arg-type]
+    if count:
+        _update_running(running_mean, running_var, mean, var, count, momentum, var_estimator)
+    return y
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.2,
+    residual: Tensor | None = None,
+    residual_after_activation: bool = False,
+    degenerate: str = "raise",
+    var_estimator: str = "unbiased",
+) -> Tensor:
+    """Batch norm (Ioffe and Szegedy, 2015) of `input` (N, C, ...), with the fused epilogue.
+
+    Args:
+        running_mean, running_var: (C,), updated in place when `training`, used when not.
+        weight, bias: (C,) or None.
+        degenerate: what N*H*W = 1 in training does: "raise", or "beta": exactly the bias.
+        var_estimator: "unbiased" (torch) or "biased" (TensorFlow) running variance.
+    """
+    _check_input(input, "batch_norm")
+    for name, t in (("weight", weight), ("bias", bias)):
+        _check_vector(t, name, input.shape[1], "batch_norm")
+    return _batch_norm(
+        input, _row(weight), _row(bias), None, running_mean, running_var, training, momentum, eps,
+        "batch_norm", degenerate, var_estimator, activation=activation,
+        negative_slope=negative_slope, residual=residual,
+        residual_after_activation=residual_after_activation,
+    )  # fmt: skip
+
+
+def conditional_batch_norm(
+    input: Tensor,
+    labels: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.2,
+    residual: Tensor | None = None,
+    residual_after_activation: bool = False,
+    degenerate: str = "raise",
+    var_estimator: str = "unbiased",
+) -> Tensor:
+    """Batch norm whose affine row is the sample's label's (de Vries et al., 2017).
+
+    Args:
+        input: (N, C, ...). labels: (N,) int64. weight, bias: (num_classes, C).
+        The rest as in `batch_norm`.
+    """
+    op = "conditional_batch_norm"
+    _check_input(input, op)
+    _check_tables(weight, bias, labels, input, op)
+    return _batch_norm(
+        input, weight, bias, labels, running_mean, running_var, training, momentum, eps, op,
+        degenerate, var_estimator, activation=activation, negative_slope=negative_slope,
+        residual=residual, residual_after_activation=residual_after_activation,
+    )  # fmt: skip
+
+
+def _row(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.unsqueeze(0)
+
+
+def _check_plane(x: Tensor, op: str) -> None:
+    if x.dim() > 2 and x[:1].numel() and math.prod(x.shape[2:]) == 1:
+        raise ValueError(
+            f"{op}: one value per plane has no variance (input of shape {tuple(x.shape)}, "
+            "H*W = 1); use a larger image, fewer downsamplings, or another norm"
+        )
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.2,
+    residual: Tensor | None = None,
+    residual_after_activation: bool = False,
+) -> Tensor:
+    """Instance norm (Ulyanov et al., 2016) of `input` (N, C, ...), with the fused epilogue.
+
+    Args:
+        running_mean, running_var: (C,), averaged over the samples' statistics when
+            `use_input_stats`, used in their place when not.
+        weight, bias: (C,) or None.
+    """
+    op = "instance_norm"
+    _check_input(input, op, 3)
+    channels = input.shape[1]
+    named = {"weight": weight, "bias": bias, "running_mean": running_mean,
+             "running_var": running_var}  # fmt: skip
+    for name, t in named.items():
+        _check_vector(t, name, channels, op)
+    epilogue = (activation, negative_slope, residual, residual_after_activation)
+    if not use_input_stats:
+        if running_mean is None or running_var is None:
+            raise ValueError(f"{op}: use_input_stats=False needs running_mean and running_var")
+        stats = (running_mean, running_var)
+        return _normalize(input, _row(weight), _row(bias), None, stats, 0, eps, op, *epilogue)[0]
+    _check_plane(input, op)
+    y, mean, var = _normalize(
+        input, _row(weight), _row(bias), None, None, channels, eps, op, *epilogue
+    )
+    if running_mean is not None or running_var is not None:
+        count = math.prod(input.shape[2:])
+        _update_running(running_mean, running_var, mean.mean(0), var.mean(0), count, momentum,
+                        "unbiased")  # fmt: skip
+    return y
+
+
+def conditional_instance_norm(
+    input: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.2,
+    residual: Tensor | None = None,
+    residual_after_activation: bool = False,
+) -> Tensor:
+    """Instance norm whose affine row is the sample's label's (Dumoulin et al., 2017).
+
+    With labels 0..N-1 and N rows it is an affine per sample (AdaIN).
+
+    Args:
+        input: (N, C, ...). labels: (N,) int64. weight, bias: (num_classes, C).
+    """
+    op = "conditional_instance_norm"
+    _check_input(input, op, 3)
+    _check_tables(weight, bias, labels, input, op)
+    _check_plane(input, op)
+    return _normalize(
+        input, weight, bias, labels, None, input.shape[1], eps, op, activation, negative_slope,
+        residual, residual_after_activation,
+    )[0]  # fmt: skip
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.2,
+    residual: Tensor | None = None,
+    residual_after_activation: bool = False,
+) -> Tensor:
+    """Group norm (Wu and He, 2018) of `input` (N, C, ...), with the fused epilogue.
+
+    Args:
+        num_groups: must divide C. weight, bias: (C,) or None.
+    """
+    op = "group_norm"
+    _check_input(input, op)
+    channels = input.shape[1]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"{op}: num_groups={num_groups} does not divide {channels} channels")
+    for name, t in (("weight", weight), ("bias", bias)):
+        _check_vector(t, name, channels, op)
+    return _normalize(
+        input, _row(weight), _row(bias), None, None, num_groups, eps, op, activation,
+        negative_slope, residual, residual_after_activation,
+    )[0]  # fmt: skip
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Layer norm (Ba et al., 2016) over the last dimensions, those of `normalized_shape`.
+
+    Args:
+        weight, bias: of shape `normalized_shape`, one value per element, or None.
+    """
+    op = "layer_norm"
+    _check_input(input, op, 1)
+    shape = tuple(normalized_shape)
+    if not shape or tuple(input.shape[-len(shape) :]) != shape:
+        raise ValueError(
+            f"{op}: normalized_shape={shape} must equal the last dimensions of the input, "
+            f"whose shape is {tuple(input.shape)}"
+        )
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and tuple(t.shape) != shape:
+            raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(t.shape)}")
+    # One group of `width` channels with one element each: the affine is then per element.
+    width = math.prod(shape)
+    rows = input.reshape(-1, width)
+    weight, bias = (None if t is None else t.reshape(1, width) for t in (weight, bias))
+    y, _, _ = _normalize(rows, weight, bias, None, None, 1, eps, op, None, 0.0, None, False)
+    return y.view(input.shape)

@@ -1,0 +1,81 @@
+"""Where a run's figures and pictures go: TensorBoard, metrics.jsonl, PNG files."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
+
+from gannorm.data.images import to_image
+
+SMALLEST_TILE = 96  # pixels; smaller images are enlarged by a whole factor to be legible
+
+
+class Monitor:
+    """Writes to a run folder. After a resume at step k whatever was logged beyond k goes."""
+
+    def __init__(self, run_dir: Path, start_step: int) -> None:
+        self.run_dir = run_dir
+        (run_dir / "samples").mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl"
+        if path.exists():
+            _drop_after(path, start_step)
+        self.file = path.open("a", encoding="utf-8")
+        purge = start_step + 1 if start_step else None
+        self.writer = SummaryWriter(str(run_dir), purge_step=purge, flush_secs=10)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl and as many TensorBoard scalars."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+
+    def text(self, name: str, markdown: str) -> None:
+        self.writer.add_text(name, markdown)
+
+    def images(self, step: int, samples: dict[str, tuple[Tensor, int]]) -> Path:
+        """Each batch as a grid in TensorBoard, all of them side by side in one PNG: its path."""
+        grids = []
+        for name, (images, columns) in samples.items():
+            grid = make_grid(_legible(images.cpu()), nrow=columns, padding=4, pad_value=1.0)
+            self.writer.add_image(f"samples/{name}", (grid.clamp(-1, 1) + 1) / 2, step)
+            grids.append(grid)
+        height = max(g.shape[1] for g in grids)
+        gap = torch.ones(grids[0].shape[0], height, 16)
+        columns_ = []
+        for grid in grids:
+            missing = height - grid.shape[1]
+            columns_ += [torch.nn.functional.pad(grid, (0, 0, 0, missing), value=1.0), gap]
+        path = self.run_dir / "samples" / f"step_{step:08d}.png"
+        partial = path.with_suffix(".partial")
+        to_image(torch.cat(columns_[:-1], 2)).save(partial, format="PNG")
+        os.replace(partial, path)
+        return path
+
+    def close(self) -> None:
+        self.writer.close()
+        self.file.close()
+
+
+def _legible(images: Tensor) -> Tensor:
+    factor = max(1, SMALLEST_TILE // images.shape[-1])
+    return images.float().repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the lines up to `step`; a last line cut short by a crash goes too."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                continue
+        except (json.JSONDecodeError, KeyError):
+            continue
+        kept.append(line + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,16 @@
+"""Triton kernels for the norms, forward and backward, behind two launchers.
+
+This folder is imported as `gannorm.kernels`, through a symbolic link in the package: `kernels`
+alone is the name of another project's distribution, which a top-level install would overwrite.
+
+`forward` and `backward` have the signatures of `gannorm.reference`'s; `spec.groups` picks the
+statistics: 0 for one channel across the batch (`batch_norm`), else sets of channels inside each
+sample (`instance_norm`).
+"""
+
+if __name__ != "gannorm.kernels":
+    raise ImportError(f"import this package as gannorm.kernels, not as {__name__}")
+
+from gannorm.kernels.launch import backward, forward
+
+__all__ = ["backward", "forward"]
