@@ -63,6 +63,9 @@ def moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     x: (N, C, S) in the statistics dtype. Returns (C,) or (N, groups), the same, (N, C, S).
     """
     n, c, _ = x.shape
+    if x.numel() == 0:
+        zeros = x.new_zeros((c,) if groups == 0 else (n, groups))
+        return zeros, zeros, x
     inplace = not torch.is_grad_enabled()
     first = x[:1, :, :1] if groups == 0 else x.view(n, groups, -1)[:, :, :1]
     first = first.detach().reshape(-1) if groups == 0 else first.detach().reshape(n, groups)

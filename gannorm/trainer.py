@@ -291,7 +291,7 @@ def device_name(device: torch.device) -> str:
 def versions() -> dict[str, str]:
     return {
         "gannorm": gannorm.__version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a TorchVersion would not load as plain values
         "python": platform.python_version(),
     }
 

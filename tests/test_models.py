@@ -152,4 +152,4 @@ def test_spectral_norm_bounds_every_layer():
     for module in net.modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear | torch.nn.Embedding):
             largest = torch.linalg.matrix_norm(module.weight.flatten(1), ord=2)
-            assert abs(float(largest) - 1) < 0.02
+            assert abs(largest.item() - 1) < 0.02

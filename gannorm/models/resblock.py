@@ -163,6 +163,8 @@ class ProjectionDiscriminator(nn.Module):
         add_spectral_norm(self)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        # There is no norm here to mind the layout, and convolutions are faster in this one.
+        x = x.contiguous(memory_format=torch.channels_last)
         h = F.relu(self.blocks(x)).sum((2, 3))
         return self.linear(h).squeeze(1) + (self.embedding(labels) * h).sum(1)
 

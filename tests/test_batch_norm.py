@@ -1,0 +1,118 @@
+"""Statistics across the batch (batch, conditional batch): both backends against torch."""
+
+import pytest
+import torch
+from parity import BACKENDS, EPILOGUES, TOLERANCE, compare, epilogue, leaf
+from torch.nn import functional as F
+
+from gannorm import functional as G
+from gannorm import use_backend
+
+SHAPES = [(4, 3, 4, 5), (5, 2), (7, 1, 3, 1), (2, 3, 67, 71), (37, 1, 8, 9)]
+
+
+def table_norm(x, labels, w, b, mean, var, training):
+    y = F.batch_norm(x, mean, var, training=training)
+    rows = [t[labels].view(len(x), -1, *[1] * (x.dim() - 2)) for t in (w, b)]
+    return y * rows[0] + rows[1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("e", EPILOGUES, ids=str)
+def test_against_torch(backend, dtype, shape, training, e):
+    torch.manual_seed(0)
+    n, c = shape[:2]
+    x = leaf(*shape, dtype=dtype, offset=3)
+    r = leaf(*shape, dtype=dtype) if e.get("residual") else None
+    w, b = leaf(c, dtype=dtype), leaf(c, dtype=dtype)
+    tables = leaf(4, c, dtype=dtype), leaf(4, c, dtype=dtype)
+    labels = torch.randint(4, (n,))
+    start = torch.randn(c, dtype=dtype), torch.rand(c, dtype=dtype) + 0.5
+    plain, conditional, theirs = ([t.clone() for t in start] for _ in range(3))
+    extra = [] if r is None else [r]
+    with use_backend(backend):
+        compare(
+            lambda: G.batch_norm(x, *plain, w, b, training, **{**e, "residual": r}),
+            lambda: epilogue(F.batch_norm(x, *theirs, w, b, training), r, e),
+            [x, w, b, *extra],
+            TOLERANCE[dtype],
+        )
+        compare(
+            lambda: G.conditional_batch_norm(
+                x, labels, *conditional, *tables, training, **{**e, "residual": r}
+            ),
+            lambda: epilogue(
+                table_norm(x, labels, *tables, *(t.clone() for t in start), training), r, e
+            ),
+            [x, *tables, *extra],
+            TOLERANCE[dtype],
+        )
+    torch.testing.assert_close(plain, theirs)
+    torch.testing.assert_close(conditional, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_running_statistics_leave_the_input_alone(backend):
+    x = torch.randn(3, 2, 4)
+    before = x.clone()
+    with use_backend(backend):
+        y = G.batch_norm(x, None, None, training=True, activation="relu")
+    assert torch.equal(x, before)
+    torch.testing.assert_close(y, F.relu(F.batch_norm(x, None, None, training=True)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_biased_running_variance_is_tensorflows(backend):
+    x, mean, var = torch.randn(3, 2, 4), torch.zeros(2), torch.ones(2)
+    with use_backend(backend):
+        G.batch_norm(x, mean, var, training=True, momentum=0.1, var_estimator="biased")
+    expected = 0.9 + 0.1 * x.var((0, 2), correction=0)
+    torch.testing.assert_close(var, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_finite_batches_never_enter_the_running_statistics(backend):
+    x, mean, var = torch.randn(3, 2, 4), torch.zeros(2), torch.ones(2)
+    x[1, 0, 2] = torch.inf
+    with use_backend(backend):
+        y = G.batch_norm(x, mean, var, training=True)
+    assert mean[0] == 0 and var[0] == 1 and mean[1] != 0
+    assert y[:, 0].isnan().any() and y[:, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_value_per_channel(backend):
+    x, bias = torch.randn(1, 3, 1, 1), torch.tensor([1.0, -2.0, 3.0])
+    with use_backend(backend):
+        with pytest.raises(ValueError, match=r"one value per channel.*\(1, 3, 1, 1\)"):
+            G.batch_norm(x, None, None, training=True)
+        y = G.batch_norm(x, None, None, torch.ones(3), bias, training=True, degenerate="beta")
+    assert torch.equal(y.flatten(), bias)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_input_same_bits(backend):
+    torch.manual_seed(0)
+    x, w, b = leaf(6, 3, 5, 5), leaf(4, 3), leaf(4, 3)
+    labels = torch.randint(4, (6,))
+
+    def run():
+        y = G.conditional_batch_norm(x, labels, None, None, w, b, True, activation="silu")
+        return [y, *torch.autograd.grad(y.square().sum(), [x, w, b])]
+
+    with use_backend(backend):
+        assert all(torch.equal(p, q) for p, q in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend):
+    x, w, b = leaf(0, 3, 5, 5), leaf(4, 3), leaf(4, 3)
+    labels = torch.zeros(0, dtype=torch.int64)
+    with use_backend(backend):
+        y = G.conditional_batch_norm(x, labels, None, None, w, b, True)
+        grads = torch.autograd.grad(y.sum(), [x, w, b])
+    assert y.shape == x.shape
+    assert [float(g.abs().sum()) for g in grads] == [0, 0, 0]

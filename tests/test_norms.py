@@ -1,0 +1,138 @@
+"""The layers: torch's constructors and state_dicts, training and evaluation, the factory."""
+
+import pytest
+import torch
+from parity import close
+from torch import nn
+
+import gannorm
+from gannorm import ConditionalBatchNorm2d, ConditionalInstanceNorm2d, build_norm
+from gannorm.config import (
+    BatchNormConfig,
+    GroupNormConfig,
+    InstanceNormConfig,
+    LayerNormConfig,
+    NoNormConfig,
+    VarEstimator,
+)
+from gannorm.norms import NoNorm, apply_norm
+
+TWINS = [
+    (gannorm.InstanceNorm2d, nn.InstanceNorm2d, (6,), {}),
+    (
+        gannorm.InstanceNorm2d,
+        nn.InstanceNorm2d,
+        (6,),
+        {"affine": True, "track_running_stats": True},
+    ),
+    (gannorm.BatchNorm2d, nn.BatchNorm2d, (6,), {}),
+    (gannorm.BatchNorm2d, nn.BatchNorm2d, (6,), {"momentum": None, "affine": False}),
+    (gannorm.BatchNorm2d, nn.BatchNorm2d, (6,), {"track_running_stats": False}),
+    (gannorm.GroupNorm, nn.GroupNorm, (3, 6), {"eps": 1e-3}),
+]
+
+
+@pytest.mark.parametrize("ours,theirs,args,kwargs", TWINS)
+def test_twins(ours, theirs, args, kwargs):
+    """State moves both ways; three training steps and evaluation give the same."""
+    torch.manual_seed(0)
+    a, b = ours(*args, **kwargs), theirs(*args, **kwargs)
+    for p in b.parameters():
+        nn.init.normal_(p)
+    a.load_state_dict(b.state_dict())
+    assert isinstance(a, theirs)
+    for _ in range(3):
+        x = torch.randn(4, 6, 5, 5)
+        close(a(x), b(x), 1e-5)
+    for key, value in b.state_dict().items():
+        close(a.state_dict()[key], value, 1e-5)
+    b.load_state_dict(a.state_dict())
+    close(a.eval()(x), b.eval()(x), 1e-5)
+
+
+def test_epilogue_of_a_layer():
+    x, skip = torch.randn(2, 6, 5, 5), torch.randn(2, 6, 5, 5)
+    norm = gannorm.InstanceNorm2d(6, activation="relu")
+    plain = nn.InstanceNorm2d(6)
+    close(norm(x, residual=skip), torch.relu(plain(x) + skip), 1e-5)
+    after = gannorm.GroupNorm(2, 6, activation="leaky_relu", residual_after_activation=True)
+    expected = nn.functional.leaky_relu(nn.GroupNorm(2, 6)(x), 0.2) + skip
+    close(after(x, residual=skip), expected, 1e-5)
+    assert "activation=leaky_relu(0.2)" in repr(after)
+
+
+@pytest.mark.parametrize("kind", [ConditionalBatchNorm2d, ConditionalInstanceNorm2d])
+def test_conditional_layers(kind):
+    torch.manual_seed(0)
+    norm = kind(6, 3, weight_init=(1.0, 0.5))
+    assert norm.weight.shape == norm.bias.shape == (3, 6)
+    assert norm.weight.std() > 0.1 and not norm.bias.any()
+    x, labels = torch.randn(4, 6, 4, 4), torch.tensor([0, 2, 2, 1])
+    y = norm(x, labels)
+    assert not torch.allclose(y, norm(x, labels.flip(0)))
+    again = kind(6, 3)
+    again.load_state_dict(norm.state_dict())
+    close(again.eval()(x, labels), norm.eval()(x, labels), 1e-6)
+    with pytest.raises(ValueError, match="6 channels"):
+        norm(x[:, :5], labels)
+
+
+def test_conditional_batch_norm_in_evaluation_multiplies_by_the_gain():
+    """Training and evaluation agree once the running statistics are the batch's."""
+    torch.manual_seed(0)
+    norm = ConditionalBatchNorm2d(3, 2, momentum=1.0, var_estimator="biased")
+    nn.init.normal_(norm.weight)
+    x, labels = torch.randn(8, 3, 4, 4), torch.arange(8) % 2
+    y = norm(x, labels)
+    assert norm.num_batches_tracked == 1
+    close(norm.eval()(x, labels), y, 1e-5)
+
+
+def test_layer_norm_2d_is_group_norm_of_one_group():
+    x = torch.randn(2, 6, 4, 4)
+    close(gannorm.LayerNorm2d(6)(x), nn.functional.layer_norm(x, (6, 4, 4)), 1e-5)
+    assert set(gannorm.LayerNorm2d(6).state_dict()) == {"weight", "bias"}
+
+
+def test_wrong_shapes_are_refused_by_layer():
+    with pytest.raises(ValueError, match=r"InstanceNorm2d.*\(2, 6, 5\)"):
+        gannorm.InstanceNorm2d(6)(torch.randn(2, 6, 5))
+    with pytest.raises(ValueError, match=r"InstanceNorm2d.*6 channels.*\(2, 5, 4, 4\)"):
+        gannorm.InstanceNorm2d(6)(torch.randn(2, 5, 4, 4))
+
+
+EPS = {"eps": 1e-3, "affine": True}
+BATCH = {**EPS, "momentum": 0.3, "var_estimator": VarEstimator["biased"]}
+
+
+@pytest.mark.parametrize(
+    "config,kind",
+    [
+        (InstanceNormConfig("instance", **EPS), gannorm.InstanceNorm2d),
+        (BatchNormConfig("batch", **BATCH), gannorm.BatchNorm2d),
+        (GroupNormConfig("group", num_groups=4, **EPS), gannorm.GroupNorm),
+        (LayerNormConfig("layer", **EPS), gannorm.LayerNorm2d),
+        (NoNormConfig("none"), NoNorm),
+        (InstanceNormConfig("conditional_instance", **EPS), ConditionalInstanceNorm2d),
+        (BatchNormConfig("conditional_batch", **BATCH), ConditionalBatchNorm2d),
+    ],
+)
+def test_build_norm(config, kind):
+    factory = build_norm(config, num_classes=3)
+    norm = factory(8, activation="relu")
+    assert type(norm) is kind
+    assert getattr(norm, "eps", 1e-3) == 1e-3
+    assert getattr(norm, "momentum", 0.3) in (0.3, 0.1)  # instance norm keeps torch's
+    x, labels = torch.randn(2, 8, 4, 4), torch.tensor([0, 2])
+    skip = torch.randn_like(x)
+    y = apply_norm(norm, x, labels, residual=skip)
+    assert y.shape == x.shape and (y >= 0).all()
+    assert factory.conv_bias == (kind is NoNorm)
+    plain = factory.unconditional()(8)
+    assert not isinstance(plain, ConditionalBatchNorm2d | ConditionalInstanceNorm2d)
+    assert apply_norm(plain, x, None).shape == x.shape
+
+
+def test_conditional_norm_needs_classes():
+    with pytest.raises(ValueError, match="conditional_batch"):
+        build_norm(BatchNormConfig("conditional_batch", **BATCH))
