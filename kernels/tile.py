@@ -37,15 +37,6 @@ def _affine(weight_ptr, bias_ptr, labels_ptr, plane, live, channels, DTYPE: tl.c
 
 
 @triton.jit
-def _cast(value, DTYPE: tl.constexpr):
-    """Round to nearest even, as the hardware does; the interpreter truncates unless told."""
-    if value.dtype.primitive_bitwidth > DTYPE.primitive_bitwidth:
-        return value.to(DTYPE, fp_downcast_rounding="rtne")
-    else:
-        return value.to(DTYPE)
-
-
-@triton.jit
 def _activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     # Written with z < 0 so that NaN passes through.
     if ACTIVATION == "relu":
@@ -129,7 +120,7 @@ def set_apply(
                     y = _activate(y + residual, ACTIVATION, SLOPE)
             else:
                 y = _activate(y, ACTIVATION, SLOPE)
-            tl.store(y_ptr + offsets, _cast(y, y_ptr.dtype.element_ty), mask=mask)
+            tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -192,12 +183,12 @@ def set_grad(
                 ACTIVATION, SLOPE, DTYPE,
             )  # fmt: skip
             if g_ptr is not None:
-                tl.store(g_ptr + offsets, _cast(g, g_ptr.dtype.element_ty), mask=mask)
+                tl.store(g_ptr + offsets, g.to(g_ptr.dtype.element_ty), mask=mask)
             if dx_ptr is not None:
                 dx = g * weight
                 if not GIVEN_STATS:
                     dx = dx - a / elements - x_hat * (b / elements)
-                tl.store(dx_ptr + offsets, _cast(dx * rstd, dx_ptr.dtype.element_ty), mask=mask)
+                tl.store(dx_ptr + offsets, (dx * rstd).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -219,4 +210,4 @@ def table_grad_kernel(
             value = tl.where(tl.load(labels_ptr + n) == row, value, 0.0)
         total += value
     index = row.to(tl.int64) * channels + c
-    tl.store(grad_ptr + index, _cast(total, grad_ptr.dtype.element_ty), mask=live)
+    tl.store(grad_ptr + index, total.to(grad_ptr.dtype.element_ty), mask=live)

@@ -23,7 +23,9 @@ def write_png16(path, array: np.ndarray) -> None:
     """A 16-bit RGB PNG, which Pillow cannot write: array (H, W, 3) uint16."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
 
     height, width, _ = array.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
@@ -124,21 +126,37 @@ def test_transparent_palette_and_colour_key(tmp_path):
         assert pixels(tmp_path / name)[0].tolist() == [[255, 255, 255], [40, 50, 60]], name
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+TURNS = {  # how a viewer turns the stored picture
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a.swapaxes(0, 1), 2),
+    8: lambda a: np.rot90(a, 1),
+}
+STORED = {
+    "colour": COLOURS,
+    "grey": COLOURS[..., 0],
+    "alpha": np.concatenate([COLOURS, np.full_like(COLOURS[..., :1], 255)], 2),
+    "16-bit": COLOURS[..., 0] * np.uint16(257),
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
 @pytest.mark.parametrize("kind", ["png", "tif"])
-def test_exif_orientation(tmp_path, orientation, kind):
-    turn = {  # how a viewer turns the stored picture
-        1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-        5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1),
-        7: lambda a: np.rot90(a, -1)[:, ::-1][::-1, ::-1], 8: lambda a: np.rot90(a, 1),
-    }[orientation]  # fmt: skip
+@pytest.mark.parametrize("stored", STORED)
+def test_exif_orientation(tmp_path, orientation, kind, stored):
+    """Pillow scrambles some uncompressed TIFF files that it maps into memory by name."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(COLOURS).save(tmp_path / f"x.{kind}", exif=exif)
-    assert (pixels(tmp_path / f"x.{kind}") == turn(COLOURS)).all()
-    grey = RAMP[:7, :5] * 13 + RAMP[0, :5] * 4000
-    Image.fromarray(grey.astype(np.uint16)).save(tmp_path / f"y.{kind}", exif=exif)
-    assert (pixels(tmp_path / f"y.{kind}", 1) == turn(np.round(grey / 257))).all()
+    Image.fromarray(STORED[stored]).save(tmp_path / f"x.{kind}", exif=exif)
+    upright = TURNS[orientation](COLOURS)
+    channels = 3 if stored in ("colour", "alpha") else 1
+    assert np.array_equal(
+        pixels(tmp_path / f"x.{kind}", channels), upright if channels == 3 else upright[..., 0]
+    )
 
 
 def test_jpeg_orientation_of_a_phone(tmp_path):
@@ -177,7 +195,7 @@ DAMAGE = {
     "no image": lambda b: b"hello, this is text\n" * 9,
     "half": lambda b: b[: len(b) // 2],
     "header": lambda b: b[:20],
-    "trailing": lambda b: b[:-10],
+    "trailing": lambda b: b[:-40],
 }
 
 
@@ -189,8 +207,6 @@ def test_damaged_files_are_refused_by_name(tmp_path, kind, damage):
     Image.fromarray(noise).save(whole)
     path = tmp_path / f"broken.{kind}"
     path.write_bytes(DAMAGE[damage](whole.read_bytes()))
-    if (kind, damage) in (("webp", "trailing"), ("gif", "trailing")):
-        pytest.skip("decodes all the same")
     with pytest.raises(RequestError, match=f"broken.{kind}") as refusal:
         open_image(path, 3)
     assert "\n" not in str(refusal.value)

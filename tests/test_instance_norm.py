@@ -132,7 +132,10 @@ def test_half_precision_keeps_statistics_in_float32(backend, dtype):
     assert y.dtype == dtype
     oracle = F.instance_norm(x.double(), weight=w.double(), bias=b.double())
     # Half a unit in the last place, and what float32 statistics leave.
-    limit = torch.finfo(dtype).eps * oracle.abs() * 0.5 + 1e-5
+    unit = torch.finfo(dtype).eps * oracle.abs()
+    # Triton's interpreter truncates to bfloat16 where the hardware rounds.
+    truncated = backend == "triton" and dtype == torch.bfloat16 and not x.is_cuda
+    limit = unit * (1.0 if truncated else 0.5) + 1e-5
     assert ((y.double() - oracle).abs() <= limit).all()
 
 

@@ -108,6 +108,7 @@ def batches(
         sampler=range(start, stop),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else it draws on the global one, once for each start
     )
     return iter(loader)
 

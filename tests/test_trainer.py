@@ -1,0 +1,261 @@
+"""Training for real, tiny: every norm with every model, resuming bit for bit, SIGKILL."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from gannorm import checkpoint, metrics
+from gannorm.errors import RequestError
+from gannorm.tasks import ClassConditional, CycleGAN
+from gannorm.trainer import run_folder, train
+
+ROOT = Path(__file__).parent.parent
+TINY = ["trainer.log_every=1", "trainer.eval_every=1000", "trainer.sample_every=1000"]
+MODELS = {
+    "cyclegan": ["model.width=4", "model.blocks=1", "model.d_width=4", "data.batch_size=2"],
+    "resblock_gan": [
+        "model=resblock_gan",
+        "model.g_widths=[8,8,8,8]",
+        "model.d_widths=[8,8]",
+        "model.d_downsamplings=2",
+        "model.z_dim=4",
+        "data.batch_size=4",
+    ],
+}
+NORMS = sorted(p.stem for p in (ROOT / "conf" / "norm").glob("*.yaml"))
+
+
+def config(model: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", [*MODELS[model], *TINY, *overrides])
+
+
+@pytest.fixture(autouse=True)
+def quick_classifier(monkeypatch):
+    """These runs look at training; a classifier of a few steps is as good as any."""
+    monkeypatch.setattr(metrics, "STEPS", 2)
+
+
+def lines(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> dict[int, dict[str, float]]:
+    found = {}
+    for line in lines(run_dir):
+        if "lr/G" in line:
+            found[line["step"]] = {k: v for k, v in line.items() if not k.startswith("speed")}
+    return found
+
+
+def weights(run_dir: Path) -> dict:
+    state = checkpoint.load(checkpoint.resolve(run_dir))
+    del state["config"], state["seconds"]
+    return state
+
+
+def equal(a, b, where="") -> None:
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (p, q) in enumerate(zip(a, b, strict=True)):
+            equal(p, q, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def test_there_are_seven_norms():
+    assert len(NORMS) == 7
+    assert set(ClassConditional.admitted_norms) == set(NORMS)
+    assert set(CycleGAN.admitted_norms) <= set(NORMS)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_norm_trains_or_is_refused(model, norm, tmp_path):
+    cfg = config(model, f"norm={norm}", "trainer.steps=20")
+    admitted = {"cyclegan": CycleGAN, "resblock_gan": ClassConditional}[model].admitted_norms
+    if norm not in admitted:
+        with pytest.raises(RequestError, match=f"norm={norm}.*choose norm= {admitted[0]}"):
+            train(cfg, tmp_path)
+        assert not list(tmp_path.iterdir())
+        return
+    summary = train(cfg, tmp_path)
+    assert summary["steps"] == 20 and len(losses(tmp_path)) == 20
+    first, last = losses(tmp_path)[1], losses(tmp_path)[20]
+    assert first != last
+    state = weights(tmp_path)["task"]
+    for nets in ("networks", "averaged"):
+        assert all(t.isfinite().all() for net in state[nets].values() for t in net.values())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_mixed_precision(model, precision, tmp_path):
+    cfg = config(model, f"trainer.precision={precision}", "trainer.steps=3", "optim.clip_norm=1")
+    train(cfg, tmp_path / precision)
+    reference = config(model, "trainer.steps=3", "optim.clip_norm=1")
+    train(reference, tmp_path / "fp32")
+    half, full = losses(tmp_path / precision)[1], losses(tmp_path / "fp32")[1]
+    assert half != full  # it was used
+    # Before the first update, which fp16 may skip to find its loss scale.
+    keys = ["loss/G_A", "loss/cycle_A"] if model == "cyclegan" else ["loss/D", "loss/D_fake"]
+    assert all(abs(half[k] - full[k]) < 0.02 + 0.02 * abs(full[k]) for k in keys)
+
+
+@pytest.mark.parametrize(
+    "model,extra",
+    [
+        ("cyclegan", ["model.dropout=true", "model.pool_size=3", "trainer.precision=fp16"]),
+        ("resblock_gan", ["optim.d_steps=2", "trainer.precision=bf16", "model.block=postact"]),
+    ],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(model, extra, tmp_path):
+    """Weights, averages, optimizers, pools, scaler and generators, to the last bit."""
+    steps = ["trainer.steps=8", "trainer.checkpoint_every=3", "trainer.eval_every=4", *extra]
+    train(config(model, *steps), tmp_path / "whole")
+    part = tmp_path / "part"
+    # Two resumes, with other calls on the generators in between, as another process would have.
+    for stop in (3, 6):
+        shortened = config(model, *steps, "resume=auto")
+        with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "prune", lambda *_, stop=stop: stop_at(part, stop))
+            train(shortened, part)
+        torch.rand(7), random.random()
+    train(config(model, *steps, "resume=auto"), part)
+    equal(weights(tmp_path / "whole"), weights(part))
+    assert losses(tmp_path / "whole") == losses(part)
+
+
+def stop_at(run_dir: Path, step: int) -> None:
+    if checkpoint.newest(run_dir) == run_dir / "checkpoints" / f"step_{step:08d}.pt":
+        raise KeyboardInterrupt
+
+
+def test_evaluation_leaves_training_alone(tmp_path):
+    train(config("resblock_gan", "trainer.steps=4"), tmp_path / "rarely")
+    often = ["trainer.eval_every=1", "trainer.sample_every=1", "trainer.checkpoint_every=1"]
+    train(config("resblock_gan", "trainer.steps=4", *TINY[:1], *often), tmp_path / "often")
+    equal(weights(tmp_path / "rarely"), weights(tmp_path / "often"))
+
+
+def test_checkpoints_kept(tmp_path):
+    keep = ["trainer.checkpoint_every=1", "trainer.keep_checkpoints=2", "trainer.steps=4"]
+    train(config("resblock_gan", *keep), tmp_path)
+    kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step_00000003.pt", "step_00000004.pt"]
+
+
+def test_resume_is_refused_under_another_configuration(tmp_path):
+    train(config("resblock_gan", "trainer.steps=2"), tmp_path / "a")
+    before = sorted(p for p in (tmp_path / "a").rglob("*"))
+    changed = config("resblock_gan", "optim.lr_g=0.5", "seed=3", f"resume={tmp_path / 'a'}")
+    with pytest.raises(RequestError, match=r"optim.lr_g=0.5 \(the run: 0.001\), seed=3"):
+        train(changed, tmp_path / "b")
+    with pytest.raises(RequestError, match="already holds a run"):
+        train(config("resblock_gan"), tmp_path / "a")
+    with pytest.raises(RequestError, match="no checkpoint or run folder"):
+        train(config("resblock_gan", "resume=nowhere.pt"), tmp_path / "b")
+    assert sorted(p for p in (tmp_path / "a").rglob("*")) == before
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(tmp_path):
+    train(config("resblock_gan", "trainer.steps=2"), tmp_path)
+    summary = train(config("resblock_gan", "trainer.steps=4", "resume=auto"), tmp_path)
+    assert summary["steps"] == 4 and sorted(losses(tmp_path)) == [1, 2, 3, 4]
+    again = train(config("resblock_gan", "trainer.steps=4", "resume=auto"), tmp_path)
+    assert again["quality"] == summary["quality"]
+
+
+def test_run_folder(tmp_path):
+    family = str(tmp_path / "family")
+    assert run_folder(family, "now", None) == f"{family}/now"
+    assert run_folder(family, "now", "auto") == f"{family}/now"
+    for name, finished in (("1", True), ("2", False), ("3", False), ("4", True)):
+        (tmp_path / "family" / name / "checkpoints").mkdir(parents=True)
+        if name != "3":
+            (tmp_path / "family" / name / "checkpoints" / "step_00000001.pt").touch()
+        if finished:
+            (tmp_path / "family" / name / "summary.json").touch()
+    assert run_folder(family, "now", "auto") == f"{family}/2"
+    assert run_folder(family, "now", f"{family}/1") == f"{family}/1"
+    file = f"{family}/1/checkpoints/step_00000001.pt"
+    assert run_folder(family, "now", file) == f"{family}/now"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="loss/.*optim.lr_g"):
+        train(config("resblock_gan", "optim.lr_g=1e30", "trainer.steps=20"), tmp_path)
+
+
+def test_learning_rates_decay_to_zero(tmp_path):
+    train(config("resblock_gan", "trainer.steps=4", "optim.decay_from=0.5"), tmp_path)
+    rates = [losses(tmp_path)[step]["lr/G"] for step in (1, 2, 3, 4)]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4])
+
+
+def test_averages_start_as_copies_and_then_lag(tmp_path):
+    train(config("resblock_gan", "trainer.steps=2", "optim.ema_start=2"), tmp_path / "copy")
+    state = weights(tmp_path / "copy")["task"]
+    equal(state["networks"]["G"], state["averaged"]["G"])
+    train(config("resblock_gan", "trainer.steps=2", "optim.ema_decay=0.5"), tmp_path / "lag")
+    state = weights(tmp_path / "lag")["task"]
+    current, average = state["networks"]["G"], state["averaged"]["G"]
+    assert not torch.equal(current["linear.weight"], average["linear.weight"])
+    # The norms' running statistics are averaged too.
+    name = "blocks.0.norm1.running_mean"
+    assert 0 < average[name].norm() and not torch.equal(current[name], average[name])
+
+
+@pytest.mark.slow
+def test_sigkill_three_times(tmp_path):
+    """A real process, killed at random moments, started again with resume=auto each time."""
+    sizes = ["model.width=4", "model.blocks=1", "model.d_width=4", "data.batch_size=2"]
+    command = [sys.executable, "train.py", *sizes, "trainer.steps=400"]
+    command += ["trainer.checkpoint_every=20", "trainer.eval_every=100", "resume=auto"]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(folder: Path) -> subprocess.Popen:
+        return subprocess.Popen(
+            [*command, f"hydra.run.dir={folder}"], cwd=ROOT, env=environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    assert start(whole).wait() == 0
+    pick = random.Random(0)
+    for k in range(3):
+        process = start(part)
+        target = k * 100 + pick.randrange(25, 95)
+        while process.poll() is None and step_of(part) < target:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert start(part).wait() == 0
+    equal(weights(whole), weights(part))
+    assert {k: v for k, v in losses(whole).items() if k % 20 == 0} == losses(part)
+
+
+def step_of(run_dir: Path) -> int:
+    """The step a run has logged last; 0 before the first."""
+    try:
+        return lines(run_dir)[-1]["step"]
+    except (OSError, IndexError, ValueError):
+        return 0
