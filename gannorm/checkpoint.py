@@ -1,7 +1,6 @@
 """Checkpoints: one file holds everything a run needs to go on, written whole or not at all."""
 
 import os
-import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -59,9 +58,10 @@ def load(path: Path) -> dict[str, Any]:
         raise RequestError(f"there is no checkpoint {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RequestError(f"{path} is not a readable checkpoint: {reason}") from error
+    except PermissionError:
+        raise
+    except Exception as error:
+        raise RequestError(f"{path} is not a checkpoint of gannorm, or is damaged") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise RequestError(f"{path} is not a gannorm checkpoint of format {FORMAT}")
     return content

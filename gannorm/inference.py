@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from gannorm import checkpoint
-from gannorm.config import typed
+from gannorm.config import Backend, typed
 from gannorm.data.images import list_images, open_image, to_image, to_tensor
 from gannorm.errors import RequestError
 from gannorm.tasks import ClassConditional, CycleGAN, Task, build_task
@@ -33,6 +33,7 @@ def load_task(path: Path, model: str) -> Task:
             f"{file} holds a {cfg.model.name}, this command needs a {model}; "
             "sample is for class-conditional models, translate for image translation"
         )
+    cfg.norm.backend = Backend["auto"]  # how the run computed, not what it learned
     task = build_task(cfg, pick_device("auto"), state["num_classes"])
     task.load_state_dict(state["task"])
     return task
@@ -55,7 +56,9 @@ def sample(path: Path, label: int | None, count: int, seed: int, out: Path) -> N
         raise RequestError(f"--class {label}: the model has classes 0 to {classes - 1}")
     if count < 1:
         raise RequestError(f"--count {count} must be at least 1")
-    out.mkdir(parents=True, exist_ok=True)
+    if not -(2**63) <= seed < 2**64:
+        raise RequestError(f"--seed {seed} must fit into 64 bits")
+    _make_folder(out)
     generator = torch.Generator().manual_seed(seed)
     with tqdm(total=count, unit="image") as bar, task.norm_backend():
         for start in range(0, count, CHUNK):
@@ -81,6 +84,11 @@ def translate(path: Path, source: Path, target: Path, direction: str) -> None:
             all others were translated).
     """
     paths = list_images(source)
+    if source.resolve() in (target.resolve(), *target.resolve().parents):
+        raise RequestError(
+            f"{target} lies in {source}: its images would be overwritten or translated again; "
+            "choose another folder for the translations"
+        )
     names: dict[Path, Path] = {}
     for p in paths:
         name = p.relative_to(source).with_suffix(".png")
@@ -90,6 +98,7 @@ def translate(path: Path, source: Path, target: Path, direction: str) -> None:
             )
         names[name] = p
     task = load_task(path, "cyclegan")
+    _make_folder(target)
     assert isinstance(task, CycleGAN)
     net = task.averaged["G_A" if direction == "AtoB" else "G_B"]
     multiple = 2**task.model.downsamplings
@@ -120,3 +129,10 @@ def _any_size(net: torch.nn.Module, image: Tensor, multiple: int) -> Tensor:
     right = max(-width % multiple, smallest - width)
     padded = pad(image.unsqueeze(0), (0, right, 0, down), mode="replicate")
     return net(padded)[0, :, :height, :width]
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"cannot write to the folder {path}: {error.strerror}") from error

@@ -40,6 +40,8 @@ class ImagePool:
         if self.size == 0:
             return images
         images = images.detach()
+        if self.images is not None:
+            self.images = self.images.to(images.device)  # loaded on the CPU
         filled = 0 if self.images is None else len(self.images)
         free = min(self.size - filled, len(images))
         if free:

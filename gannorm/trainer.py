@@ -4,11 +4,13 @@ import json
 import math
 import os
 import platform
+import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
@@ -62,7 +64,8 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
     device = pick_device(cfg.trainer.device.name)
     check_pair(cfg)
     start_from = find_resume(cfg.resume, run_dir)
-    torch.manual_seed(cfg.seed)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(cfg.seed)
     data = build_data(cfg.data)
     task = build_task(cfg, device, data.num_classes)
     plain = OmegaConf.to_container(raw, resolve=True)
@@ -72,7 +75,7 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
         state = checkpoint.load(start_from)
         checkpoint.check_same(state["config"], run.config, start_from)
         run.load_state_dict(state)
-    elif (run_dir / "metrics.jsonl").exists():
+    elif cfg.resume != "auto" and (run_dir / "metrics.jsonl").exists():
         raise RequestError(
             f"{run_dir} already holds a run; continue it with resume=auto, or choose another "
             "folder with hydra.run.dir="

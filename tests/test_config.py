@@ -69,6 +69,20 @@ def test_every_choice_builds_with_a_model(choice: str):
         assert choice in line and f"choose {group}= " in line
 
 
+@pytest.mark.parametrize("path", sorted(CONF.glob("experiment/*.yaml")), ids=lambda p: p.stem)
+def test_an_experiment_has_what_it_says_and_the_command_line_wins(path: Path):
+    choice, file = f"experiment={path.stem}", OmegaConf.load(path)
+    cfg = composed(choice)
+    for entry in file.defaults:
+        ((group, name),) = entry.items()
+        group = group.removeprefix("override /")
+        said = OmegaConf.merge(OmegaConf.load(CONF / group / f"{name}.yaml"), file.get(group, {}))
+        said.pop("defaults", None)
+        assert cfg[group] == said
+    assert composed(choice, "norm=group").norm.name == "group"
+    assert composed("norm=group", choice, "trainer.steps=3").trainer.steps == 3
+
+
 def test_the_schema_knows_exactly_the_files():
     for group, kinds in SECTIONS.items():
         assert {p.stem for p in (CONF / group).glob("*.yaml")} == set(kinds)

@@ -46,7 +46,15 @@ def check_images(source, size, channels, count):
     return batch
 
 
+def levels_off(images: torch.Tensor, expected: np.ndarray) -> float:
+    """The largest difference in grey levels; expected: (N, H, W) or (N, H, W, C) uint8."""
+    levels = ((images + 1) * 127.5).permute(0, 2, 3, 1).numpy()
+    return float(np.abs(levels - expected.reshape(levels.shape)).max())
+
+
 # ---- embedded digits
+
+ORDER = torch.randperm(1797, generator=torch.Generator().manual_seed(0)).numpy()
 
 
 @pytest.mark.parametrize("size,channels", [(32, 3), (16, 1), (8, 1)])
@@ -55,17 +63,19 @@ def test_digits_are_scikit_learns(size, channels):
     held_out = np.arange(1797) % 5 == 0
     for source, chosen in ((data.domains[0], ~held_out), (data.test[0], held_out)):
         batch = check_images(source, size, channels, chosen.sum())
-        assert batch["label"].tolist() == bunch.target[chosen].tolist()
-        assert set(batch["label"].tolist()) == set(range(10))
+        assert batch["label"].tolist() == bunch.target[ORDER][chosen].tolist()
+        assert batch["label"].bincount().min() > len(batch["label"]) / 16
         small = interpolate((batch["image"] + 1) / 2, (8, 8), mode="area")
-        original = torch.from_numpy(bunch.images[chosen])[:, None].float() / 16
-        assert (small - original).abs().max() < 0.3 and (small - original).abs().mean() < 0.03
+        original = torch.from_numpy(bunch.images[ORDER][chosen])[:, None].float() / 16
+        assert (
+            small - original
+        ).abs().max() < 0.3  # bicubic overshoots; another digit differs by 1
     assert data.num_classes == 10 and not data.counterparts
     assert fetch_all(data.test[0], 7)["image"].shape[0] == 7
 
 
 def test_digits_m_domains_are_disjoint():
-    data, target = digits("digits_m"), load_digits().target
+    data, target = digits("digits_m"), load_digits().target[ORDER]
     turn = np.arange(1797) % 5
     parts = [*data.domains, data.test[0]]
     for source, turns in zip(parts, ((1, 3), (2, 4), (0,)), strict=True):
@@ -88,7 +98,7 @@ def places(image, digit, photos):
 
 
 def test_digits_m_is_digits_on_photographs():
-    """B test is A test on the photographs' right quarters, B training on the rest of them."""
+    """B test is A test on the photographs' right halves, B training on the left ones, all bright."""
     data = digits("digits_m")
     photos = [
         interpolate(torch.tensor(p).permute(2, 0, 1)[None].float() / 255, (106, 160), mode="area")
@@ -99,7 +109,7 @@ def test_digits_m_is_digits_on_photographs():
     assert torch.equal(a["label"], b["label"]) and len(a["label"]) == 360
     used = set()
     for i in range(0, 360, 30):
-        found = [p for p in places(b["image"][i], a["image"][i], photos) if p[1] >= 120]
+        found = [p for p in places(b["image"][i], a["image"][i], photos) if p[1] >= 80]
         assert found
         used.add(found[0])
     assert len(used) > 6 and {photo for photo, _ in used} == {0, 1}
@@ -107,7 +117,7 @@ def test_digits_m_is_digits_on_photographs():
     index = list(range(0, len(source), 60))
     images = source.fetch(index, generator(3))["image"]
     for i, image in zip(index, images, strict=True):
-        assert any(left + SIZE <= 120 for _, left in places(image, source.images[i], photos))
+        assert any(left + SIZE <= 80 for _, left in places(image, source.images[i], photos))
 
 
 def test_digits_m_is_reproducible_and_cut_anew_for_every_batch():
@@ -276,8 +286,7 @@ def test_held_out_files_are_resized_and_nothing_else(tmp_path):
         if path.name.startswith(("deep", "rgba")):
             continue
         expected = Image.open(path).convert("RGB").resize((8, 8), Image.Resampling.BICUBIC)
-        levels = (tensor + 1) * 127.5
-        assert (levels - torch.from_numpy(np.array(expected)).permute(2, 0, 1)).abs().max() < 0.01
+        assert levels_off(tensor[None], np.array(expected)) < 0.01
     assert torch.equal(fetch_all(data.test[0])["image"], fetch_all(data.test[0])["image"])
 
 
@@ -285,8 +294,9 @@ def test_held_out_files_are_resized_and_nothing_else(tmp_path):
 def test_training_files_are_cropped_and_mirrored(tmp_path, flip):
     """Of a 12-pixel file every 8-pixel crop occurs, half of them mirrored where asked."""
     fill(tmp_path / "a", {"x.png": KINDS["rgb.png"]})
-    source = folder("image_folder", tmp_path, flip=flip).domains[0]
-    images = ((source.fetch([0] * 400, generator())["image"] + 1) * 127.5).round().byte().numpy()
+    data = folder("image_folder", tmp_path, flip=flip)
+    images = data.domains[0].fetch([0] * 400, generator())["image"]
+    images = ((images + 1) * 127.5).round().byte().numpy()
     crops = {}
     for mirrored in (False, True):
         picture = RGB[:, ::-1] if mirrored else RGB
@@ -297,14 +307,16 @@ def test_training_files_are_cropped_and_mirrored(tmp_path, flip):
     seen = [crops[image.tobytes()] for image in images]
     assert len({place[1:] for place in seen}) == 25
     assert 150 < sum(place[0] for place in seen) < 250 if flip else not any(p[0] for p in seen)
+    still = data.test[0].fetch([0] * 20, generator())["image"]
+    expected = Image.fromarray(RGB).resize((8, 8), Image.Resampling.BICUBIC)
+    assert all(levels_off(x[None], np.array(expected)) < 0.01 for x in still)
 
 
 def test_training_files_are_resized_to_load_size(tmp_path):
     fill(tmp_path / "a", {"x.png": KINDS["photo.JPG"]})
     source = folder("image_folder", tmp_path, size=10, load_size=10, flip=False).domains[0]
     expected = KINDS["photo.JPG"].resize((10, 10), Image.Resampling.BICUBIC)
-    levels = (source.fetch([0], generator())["image"][0] + 1) * 127.5
-    assert (levels - torch.from_numpy(np.array(expected)).permute(2, 0, 1)).abs().max() < 0.01
+    assert levels_off(source.fetch([0], generator())["image"], np.array(expected)) < 0.01
 
 
 def test_image_folder_numbers_classes_by_name(tmp_path):
@@ -363,6 +375,12 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uin
 LABELS = [3, 9, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
+def resized(arrays: np.ndarray, size: int) -> np.ndarray:
+    """As Pillow does it."""
+    images = [Image.fromarray(np.ascontiguousarray(a)) for a in arrays]
+    return np.stack([np.array(i.resize((size, size), Image.Resampling.BILINEAR)) for i in images])
+
+
 @pytest.fixture
 def cifar10(tmp_path, monkeypatch):
     """Twelve images in CIFAR-10's six files: two in each, the last two held out."""
@@ -392,9 +410,8 @@ def test_cifar10(cifar10):
     train, test = check_images(data.domains[0], 32, 3, 10), check_images(data.test[0], 32, 3, 2)
     torch.testing.assert_close(torch.cat([train["image"], test["image"]]), expected)
     assert train["label"].tolist() + test["label"].tolist() == LABELS and data.num_classes == 10
-    small = torchvision("cifar10", cifar10, 16, 3)
-    mean = interpolate(expected, (16, 16), mode="area")
-    assert (fetch_all(small.domains[0])["image"] - mean[:10]).abs().mean() < 0.1
+    small = fetch_all(torchvision("cifar10", cifar10, 16, 3).test[0])["image"]
+    assert levels_off(small, resized(PIXELS[10:], 16)) <= 2
     grey = fetch_all(torchvision("cifar10", cifar10, 32, 1).test[0])["image"]
     assert (grey - expected[10:].mean(1, keepdim=True)).abs().max() <= 1 / 127.5
 
@@ -436,23 +453,16 @@ def test_mnist(mnist):
     torch.testing.assert_close(torch.cat([train["image"], test["image"]]), expected)
     assert train["label"].tolist() + test["label"].tolist() == LABELS and data.num_classes == 10
     larger = fetch_all(torchvision("mnist", mnist, 32, 3).test[0])["image"]
-    assert larger.shape == (4, 3, 32, 32) and larger.abs().max() <= 1
-    assert (larger == larger[:, :1]).all()
-    close = interpolate(larger, (28, 28), mode="bilinear", antialias=True) - expected[8:]
-    assert close.abs().mean() < 0.3
+    assert larger.shape == (4, 3, 32, 32) and (larger == larger[:, :1]).all()
+    assert levels_off(larger[:, :1], resized(PIXELS[8:, :28, :28, 0], 32)) <= 2
 
 
-@pytest.mark.parametrize("cut", [0, 3, 12, 500])
-def test_truncated_mnist_is_refused_by_name(mnist, cut):
-    """torchvision does not check the unpacked files."""
-    path = mnist / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:cut])
-    assert str(mnist) in refusal(lambda: torchvision("mnist", mnist, 28, 1))
-
-
-def test_truncated_mnist_labels_are_refused_by_name(mnist):
-    path = mnist / "MNIST" / "raw" / "train-labels-idx1-ubyte"
-    path.write_bytes(idx(np.array(LABELS[:3], np.uint8)))
+@pytest.mark.parametrize("cut", [0, 3, 7, 15])
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+def test_truncated_mnist_is_refused_by_name(mnist, name, cut):
+    """torchvision checks the packed files, not the unpacked ones."""
+    path = mnist / "MNIST" / "raw" / name
+    path.write_bytes(path.read_bytes()[: min(cut, path.stat().st_size - 1)])
     assert str(mnist) in refusal(lambda: torchvision("mnist", mnist, 28, 1))
 
 

@@ -44,7 +44,7 @@ def test_accuracy_is_the_share_read_right(classifier, held_out):
 def test_worse_samples_read_worse(classifier, held_out):
     images, labels = held_out
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    figures = [read_accuracy(classifier, images + s * noise, labels) for s in (0.0, 1.0, 3.0, 30.0)]
+    figures = [read_accuracy(classifier, images + s * noise, labels) for s in (0.0, 1.0, 5.0)]
     assert figures == sorted(figures, reverse=True) and figures[0] > figures[-1] + 0.6
     assert read_accuracy(classifier, torch.full_like(images, -1), labels) < 0.2
 

@@ -228,8 +228,13 @@ def test_averages_start_as_copies_and_then_lag(tmp_path):
 def test_sigkill_three_times(tmp_path):
     """A real process, killed at random moments, started again with resume=auto each time."""
     sizes = ["model.width=4", "model.blocks=1", "model.d_width=4", "data.batch_size=2"]
-    command = [sys.executable, "train.py", *sizes, "trainer.steps=400"]
-    command += ["trainer.checkpoint_every=20", "trainer.eval_every=100", "resume=auto"]
+    command = [sys.executable, "train.py", *sizes, "trainer.steps=240"]
+    command += [
+        "trainer.checkpoint_every=20",
+        "trainer.eval_every=100",
+        "resume=auto",
+        "trainer.log_every=1",
+    ]
     whole, part = tmp_path / "whole", tmp_path / "part"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -243,14 +248,14 @@ def test_sigkill_three_times(tmp_path):
     pick = random.Random(0)
     for k in range(3):
         process = start(part)
-        target = k * 100 + pick.randrange(25, 95)
+        target = k * 60 + pick.randrange(25, 75)
         while process.poll() is None and step_of(part) < target:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     assert start(part).wait() == 0
     equal(weights(whole), weights(part))
-    assert {k: v for k, v in losses(whole).items() if k % 20 == 0} == losses(part)
+    assert losses(whole) == losses(part)
 
 
 def step_of(run_dir: Path) -> int:

@@ -17,6 +17,7 @@ from gannorm.config import DataConfig, DigitsConfig, FolderConfig, TorchvisionCo
 from gannorm.data.digits import digits, digits_m
 from gannorm.data.folders import folder_pair, image_folder
 from gannorm.data.torchvision_sets import torchvision_set
+from gannorm.errors import RequestError
 
 Batch = dict[str, Tensor]
 
@@ -74,12 +75,15 @@ class _Stream(Dataset):
             self.orders[domain] = (epoch, order)
         return self.orders[domain][1][offset]
 
-    def __getitem__(self, k: int) -> list[Batch]:
+    def __getitem__(self, k: int) -> list[Batch] | RequestError:
         start = k * self.batch_size
         batch = []
         for d, source in enumerate(self.domains):
             index = [self._index(d, p) for p in range(start, start + self.batch_size)]
-            batch.append(source.fetch(index, _generator(self.seed, d, -1 - k)))
+            try:
+                batch.append(source.fetch(index, _generator(self.seed, d, -1 - k)))
+            except RequestError as error:  # raised by a worker it would arrive as a traceback
+                return error
         return batch
 
 
@@ -110,7 +114,14 @@ def batches(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else it draws on the global one, once for each start
     )
-    return iter(loader)
+    return _raise_errors(loader)
+
+
+def _raise_errors(loader: DataLoader) -> Iterator[list[Batch]]:
+    for batch in loader:
+        if isinstance(batch, RequestError):
+            raise batch
+        yield batch
 
 
 def fetch_all(source: Source, limit: int | None = None) -> Batch:

@@ -40,7 +40,7 @@ class _Files:
 
     def fetch(self, index: list[int], generator: torch.Generator) -> "Batch":
         with torch.random.fork_rng(devices=[]):  # torchvision draws on the global generator
-            torch.manual_seed(generator.initial_seed())
+            torch.default_generator.manual_seed(generator.initial_seed())
             images = [
                 to_tensor(self.transform(open_image(self.paths[i], self.channels))) for i in index
             ]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from gannorm.errors import RequestError
@@ -33,17 +33,19 @@ def open_image(path: Path, channels: int) -> Image.Image:
         RequestError: a file that is no image or is damaged.
     """
     try:
-        with Image.open(path) as file:
+        # A stream, not the name: Pillow maps files that it opens by name into memory, and
+        # scrambles uncompressed TIFFs whose orientation swaps width and height.
+        with path.open("rb") as stream, Image.open(stream) as file:
+            kind = file.format
             image = ImageOps.exif_transpose(file)
             image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RequestError(f"cannot read the image {path}: {error}") from error
     if image.mode.startswith(("I", "F")):  # Pillow's own conversion clips these at 255
         values = np.asarray(image, dtype=np.float64)
         # 16-bit files span 0..65535; 32-bit and float ones have no fixed white, take theirs.
-        low, high = (0.0, 65535.0) if "16" in image.mode else (values.min(), values.max())
-        if image.mode == "I" and 0 <= values.min() and 255 < values.max() <= 65535:
-            low, high = 0.0, 65535.0
+        sixteen = "16" in image.mode or kind in ("PNG", "PPM")  # which Pillow widens to 32 bits
+        low, high = (0.0, 65535.0) if sixteen else (values.min(), values.max())
         scaled = (values - low) / max(high - low, 1e-12) * 255
         image = Image.fromarray(scaled.round().astype(np.uint8))
     if "A" in image.mode or "transparency" in image.info:  # on white, as viewers show it

@@ -38,8 +38,8 @@ def _load(cfg: TorchvisionConfig, train: bool) -> tuple[Tensor, Tensor]:
     root = Path(cfg.root).expanduser()
     try:
         found = SETS[cfg.name](root, train=train, download=cfg.download)
-    except (RuntimeError, OSError) as error:  # URLError is an OSError
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:  # URLError is an OSError
+        reason = " ".join(str(error).split()) or "damaged file"
         raise RequestError(
             f"data={cfg.name}: not found in {root} and not to be downloaded here ({reason}); put "
             f"torchvision's {cfg.name} files there, name another folder with data.root=, or use "
