@@ -98,7 +98,7 @@ def places(image, digit, photos):
 
 
 def test_digits_m_is_digits_on_photographs():
-    """B test is A test on the photographs' right halves, B training on the left ones, all bright."""
+    """B test is A test on the photographs' right halves, B training on the left."""
     data = digits("digits_m")
     photos = [
         interpolate(torch.tensor(p).permute(2, 0, 1)[None].float() / 255, (106, 160), mode="area")
