@@ -6,6 +6,7 @@ python train.py --help                                       # every choice and 
 """
 
 import os
+import traceback
 from pathlib import Path
 
 import hydra
@@ -36,3 +37,7 @@ if __name__ == "__main__":
             main()
         except (HydraException, OmegaConfBaseException) as error:
             raise RequestError(explain_composition(error, CONF)) from error
+        except ValueError as error:  # Hydra's own for `norm=null`; others are failures
+            if "hydra" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+                raise
+            raise RequestError(str(error)) from error

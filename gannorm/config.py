@@ -4,6 +4,7 @@ The YAML files under `conf/` hold the values, these classes the types. A key tha
 class, a missing one, or a value of the wrong type is refused with its full name.
 """
 
+import math
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -186,6 +187,8 @@ def typed(cfg: DictConfig) -> Config:
         RequestError: an unknown key (with the nearest right one), a missing value, a wrong type.
     """
     schema = OmegaConf.structured(Config)
+    for section, kind in (("loss", LossConfig), ("optim", OptimConfig), ("trainer", TrainerConfig)):
+        schema[section] = OmegaConf.structured(kind)
     try:
         for section, kinds in SECTIONS.items():
             name = cfg[section].name
@@ -197,7 +200,7 @@ def typed(cfg: DictConfig) -> Config:
         OmegaConf.set_struct(schema, True)
         result = OmegaConf.to_object(OmegaConf.merge(schema, cfg))
     except OmegaConfBaseException as error:
-        raise RequestError(explain(error, keys_of(cfg))) from error
+        raise RequestError(explain(error, keys_of(schema))) from error
     assert isinstance(result, Config)
     _check_ranges(result)
     return result
@@ -227,7 +230,7 @@ def explain(error: OmegaConfBaseException, keys: list[str]) -> str:
     key = getattr(error, "full_key", None)
     if not key:
         return first
-    if key not in keys:
+    if key.partition("[")[0] not in keys:  # an element of a list is no key
         return f"{key} is not a configuration key{nearest(key, keys)}"
     return f"{key}: {first}"
 
@@ -267,13 +270,25 @@ def _check_ranges(cfg: Config) -> None:
             continue
         for field in fields(node):
             name, value = f"{section.name}.{field.name}", node.__dict__[field.name]
+            if isinstance(value, list) and (not value or min(value) < 1):
+                raise RequestError(f"{name}={value} must hold positive numbers, one at least")
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
+            if not math.isfinite(value):
+                raise RequestError(f"{name}={value} must be finite")
+            if name in ("optim.beta1", "optim.beta2") and value == 1:
+                raise RequestError(f"{name}={value} must be smaller than 1")
             if name in positive and value <= 0:
                 raise RequestError(f"{name}={value} must be positive")
             if name in fractions and not 0 <= value <= 1:
                 raise RequestError(f"{name}={value} must lie between 0 and 1")
             if value < 0:
                 raise RequestError(f"{name}={value} must not be negative")
+    model = cfg.model
+    if isinstance(model, ResBlockGANConfig) and model.d_downsamplings > len(model.d_widths):
+        raise RequestError(
+            f"model.d_downsamplings={model.d_downsamplings} must not exceed the number of blocks "
+            f"in model.d_widths={model.d_widths}"
+        )
     if cfg.data.channels not in (1, 3):
         raise RequestError(f"data.channels={cfg.data.channels} must be 1 (grey) or 3 (colour)")

@@ -219,8 +219,8 @@ def _batch_norm(
     if count == 1 and degenerate != "beta":
         raise ValueError(
             f"{op}: one value per channel has no variance (input of shape {tuple(x.shape)}, "
-            "N*H*W = 1); use a larger batch or image, a norm with statistics inside the sample, "
-            'or degenerate="beta" to get exactly the bias'
+            "N*H*W = 1); use a larger batch or image or a norm with statistics inside the sample"
+            ', or degenerate="beta" to get exactly the bias'
         )
     y, mean, var = _normalize(x, weight, bias, labels, None, 0, eps, op, **epilogue)  # type: ignore[arg-type]
     if count:

@@ -99,7 +99,8 @@ class Task(ABC):
         except RequestError:
             raise
         except (ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            # The last way out that an op names, degenerate="beta", is none for a training run.
+            reason = str(error).splitlines()[0].split(", or degenerate=")[0]
             cfg = self.cfg
             raise RequestError(
                 f"norm={cfg.norm.name} with model={cfg.model.name} cannot run at "
