@@ -3,6 +3,7 @@
 The norm layers stand here; the ops are in `gannorm.functional`.
 """
 
+from gannorm.convert import convert
 from gannorm.functional import use_backend
 from gannorm.norms import (
     BatchNorm2d,
@@ -24,5 +25,6 @@ __all__ = [
     "InstanceNorm2d",
     "LayerNorm2d",
     "build_norm",
+    "convert",
     "use_backend",
 ]

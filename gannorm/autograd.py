@@ -87,7 +87,7 @@ class NormFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,  # (N, C, S), contiguous
+        x: Tensor,  # (N, C, S), contiguous along S
         weight: Tensor | None,  # (K, C)
         bias: Tensor | None,
         residual: Tensor | None,  # (N, C, S), contiguous, x's dtype

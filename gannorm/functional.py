@@ -15,9 +15,11 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gannorm import reference
 from gannorm.autograd import NormFunction
+from gannorm.checks import check_input, check_plane, check_tables, check_vector
 from gannorm.errors import RequestError
 from gannorm.reference import NormSpec
 
@@ -80,52 +82,10 @@ def _module_for(x: Tensor) -> ModuleType:
     return kernels
 
 
-def _check_input(x: Tensor, op: str, minimum_dim: int = 2) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{op}: input must be a floating-point tensor, got {kind}")
-    if x.dim() < minimum_dim:
-        raise ValueError(
-            f"{op}: input must have at least {minimum_dim} dimensions (N, C, ...), "
-            f"got shape {tuple(x.shape)}"
-        )
-
-
-def _check_vector(t: Tensor | None, name: str, channels: int, op: str) -> None:
-    if t is not None and tuple(t.shape) != (channels,):
-        raise ValueError(
-            f"{op}: {name} must have shape ({channels},), one value per channel of the input, "
-            f"got {tuple(t.shape)}"
-        )
-
-
-def _check_tables(
-    weight: Tensor | None, bias: Tensor | None, labels: Tensor, x: Tensor, op: str
-) -> None:
-    channels = x.shape[1]
-    rows = None
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is None:
-            continue
-        if t.dim() != 2 or t.shape[1] != channels or rows not in (None, t.shape[0]):
-            raise ValueError(
-                f"{op}: {name} must have shape (num_classes, {channels}), the same for weight and "
-                f"bias, got {tuple(t.shape)}"
-            )
-        rows = t.shape[0]
-    if labels.dtype != torch.int64 or tuple(labels.shape) != (x.shape[0],):
-        kind = TypeError if labels.dtype != torch.int64 else ValueError
-        raise kind(
-            f"{op}: labels must be an int64 tensor of shape ({x.shape[0]},), one label per sample, "
-            f"got {labels.dtype} of shape {tuple(labels.shape)}"
-        )
-    # On a GPU the check would wait for the device: there the kernel's lookup stays in bounds.
-    if rows is not None and labels.device.type == "cpu" and labels.numel():
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= rows:
-            raise ValueError(
-                f"{op}: labels must lie in 0..{rows - 1} (num_classes={rows}), got {low}..{high}"
-            )
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode AD is at work: they take the composition of torch ops."""
+    functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    return functorch or forward_ad._current_level >= 0
 
 
 def _normalize(
@@ -155,8 +115,14 @@ def _normalize(
     if residual is not None:
         residual = residual.to(x.dtype).reshape(flat).contiguous()
     mean, var = stats if stats is not None else (None, None)
+    rows = x.reshape(flat)
+    if _transformed():
+        y, mean, var = reference.forward(rows, weight, bias, labels, residual, mean, var, spec)
+        return y.reshape(x.shape), mean.detach(), var.detach()
+    if rows.stride(2) != 1:
+        rows = rows.contiguous()
     y, mean, var = NormFunction.apply(
-        x.reshape(flat).contiguous(), weight, bias, residual, labels, mean, var, spec,
+        rows, weight, bias, residual, labels, mean, var, spec,
         _module_for(x),
     )  # fmt: skip
     y = y.view(x.shape)
@@ -206,7 +172,7 @@ def _batch_norm(
     **epilogue: object,
 ) -> Tensor:
     for name, t in (("running_mean", running_mean), ("running_var", running_var)):
-        _check_vector(t, name, x.shape[1], op)
+        check_vector(t, name, x.shape[1], op)
     if not training:
         if running_mean is None or running_var is None:
             raise ValueError(
@@ -253,9 +219,9 @@ def batch_norm(
         degenerate: what N*H*W = 1 in training does: "raise", or "beta": exactly the bias.
         var_estimator: "unbiased" (torch) or "biased" (TensorFlow) running variance.
     """
-    _check_input(input, "batch_norm")
+    check_input(input, "batch_norm")
     for name, t in (("weight", weight), ("bias", bias)):
-        _check_vector(t, name, input.shape[1], "batch_norm")
+        check_vector(t, name, input.shape[1], "batch_norm")
     return _batch_norm(
         input, _row(weight), _row(bias), None, running_mean, running_var, training, momentum, eps,
         "batch_norm", degenerate, var_estimator, activation=activation,
@@ -289,8 +255,8 @@ def conditional_batch_norm(
         The rest as in `batch_norm`.
     """
     op = "conditional_batch_norm"
-    _check_input(input, op)
-    _check_tables(weight, bias, labels, input, op)
+    check_input(input, op)
+    check_tables(weight, bias, labels, input, op)
     return _batch_norm(
         input, weight, bias, labels, running_mean, running_var, training, momentum, eps, op,
         degenerate, var_estimator, activation=activation, negative_slope=negative_slope,
@@ -300,14 +266,6 @@ def conditional_batch_norm(
 
 def _row(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.unsqueeze(0)
-
-
-def _check_plane(x: Tensor, op: str) -> None:
-    if x.dim() > 2 and x[:1].numel() and math.prod(x.shape[2:]) == 1:
-        raise ValueError(
-            f"{op}: one value per plane has no variance (input of shape {tuple(x.shape)}, "
-            "H*W = 1); use a larger image, fewer downsamplings, or another norm"
-        )
 
 
 def instance_norm(
@@ -333,19 +291,19 @@ def instance_norm(
         weight, bias: (C,) or None.
     """
     op = "instance_norm"
-    _check_input(input, op, 3)
+    check_input(input, op, 3)
     channels = input.shape[1]
     named = {"weight": weight, "bias": bias, "running_mean": running_mean,
              "running_var": running_var}  # fmt: skip
     for name, t in named.items():
-        _check_vector(t, name, channels, op)
+        check_vector(t, name, channels, op)
     epilogue = (activation, negative_slope, residual, residual_after_activation)
     if not use_input_stats:
         if running_mean is None or running_var is None:
             raise ValueError(f"{op}: use_input_stats=False needs running_mean and running_var")
         stats = (running_mean, running_var)
         return _normalize(input, _row(weight), _row(bias), None, stats, 0, eps, op, *epilogue)[0]
-    _check_plane(input, op)
+    check_plane(input, op)
     y, mean, var = _normalize(
         input, _row(weight), _row(bias), None, None, channels, eps, op, *epilogue
     )
@@ -376,9 +334,9 @@ def conditional_instance_norm(
         input: (N, C, ...). labels: (N,) int64. weight, bias: (num_classes, C).
     """
     op = "conditional_instance_norm"
-    _check_input(input, op, 3)
-    _check_tables(weight, bias, labels, input, op)
-    _check_plane(input, op)
+    check_input(input, op, 3)
+    check_tables(weight, bias, labels, input, op)
+    check_plane(input, op)
     return _normalize(
         input, weight, bias, labels, None, input.shape[1], eps, op, activation, negative_slope,
         residual, residual_after_activation,
@@ -403,12 +361,12 @@ def group_norm(
         num_groups: must divide C. weight, bias: (C,) or None.
     """
     op = "group_norm"
-    _check_input(input, op)
+    check_input(input, op)
     channels = input.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"{op}: num_groups={num_groups} does not divide {channels} channels")
     for name, t in (("weight", weight), ("bias", bias)):
-        _check_vector(t, name, channels, op)
+        check_vector(t, name, channels, op)
     return _normalize(
         input, _row(weight), _row(bias), None, None, num_groups, eps, op, activation,
         negative_slope, residual, residual_after_activation,
@@ -428,7 +386,7 @@ def layer_norm(
         weight, bias: of shape `normalized_shape`, one value per element, or None.
     """
     op = "layer_norm"
-    _check_input(input, op, 1)
+    check_input(input, op, 1)
     shape = tuple(normalized_shape)
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
         raise ValueError(
@@ -444,3 +402,51 @@ def layer_norm(
     weight, bias = (None if t is None else t.reshape(1, width) for t in (weight, bias))
     y, _, _ = _normalize(rows, weight, bias, None, None, 1, eps, op, None, 0.0, None, False)
     return y.view(input.shape)
+
+
+def moments(
+    input: Tensor, dim: int | Sequence[int], keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over the dimensions `dim`, as TensorFlow's `tf.nn.moments`.
+
+    `dim` counts as torch's: for a 4-D input (2, 3) is per plane, (0, 2, 3) per channel, 0 per
+    position. Computed in float32 (float64 for float64), returned in the input's dtype.
+    """
+    check_input(input, "moments", 1)
+    dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    x = input.to(reference.stat_dtype(input.dtype))
+    first = x
+    for d in dims:
+        first = first.narrow(d, 0, 1)
+    shifted = x - first.detach()  # a constant then has exactly itself as mean, and variance 0
+    mean = shifted.mean(dims, keepdim=True)
+    var = (shifted - mean).square().mean(dims, keepdim=True)
+    mean = mean + first.detach()
+    if not keepdim:
+        keep = [d for d in range(x.dim()) if d not in {e % x.dim() for e in dims}]
+        shape = [x.shape[d] for d in keep]
+        mean, var = mean.reshape(shape), var.reshape(shape)
+    return mean.to(input.dtype), var.to(input.dtype)
+
+
+def batch_normalization(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    offset: Tensor | None,
+    scale: Tensor | None,
+    variance_epsilon: float,
+) -> Tensor:
+    """scale * (x - mean) / sqrt(variance + variance_epsilon) + offset, all broadcast.
+
+    TensorFlow's `tf.nn.batch_normalization`: statistics in, normalized values out.
+    """
+    check_input(x, "batch_normalization", 0)
+    dtype = reference.stat_dtype(x.dtype)
+    factor = (variance.to(dtype) + variance_epsilon).rsqrt()
+    if scale is not None:
+        factor = factor * scale
+    y = (x.to(dtype) - mean) * factor
+    if offset is not None:
+        y = y + offset
+    return y.to(x.dtype)

@@ -52,6 +52,11 @@ def _table(rows: tuple[int, ...], affine: bool) -> tuple[nn.Parameter | None, nn
 class _EpilogueMixin(nn.Module):
     epilogue: _Epilogue
 
+    def fuse(self, activation: str, negative_slope: float) -> None:
+        """Apply `activation` behind the norm from now on."""
+        after = self.epilogue.residual_after_activation
+        self.epilogue = _Epilogue(activation, negative_slope, after)
+
     def extra_repr(self) -> str:
         return super().extra_repr() + str(self.epilogue)
 

@@ -8,7 +8,8 @@ from gannorm.kernels.tile import rsqrt, set_apply, set_grad, set_moments
 
 @triton.jit
 def batch_norm_fwd_kernel(
-    x_ptr, y_ptr, residual_ptr,  # (N, C, S); residual may be None
+    x_ptr, stride_n, stride_c,  # (N, C, S), contiguous along S
+    y_ptr, residual_ptr,  # (N, C, S), contiguous; residual may be None
     weight_ptr, bias_ptr,  # (K, C) or None
     labels_ptr,  # (N,) or None
     mean_ptr, var_ptr,  # (C,): written, or read when GIVEN_STATS
@@ -22,11 +23,24 @@ def batch_norm_fwd_kernel(
         mean = tl.load(mean_ptr + channel).to(DTYPE)
         var = tl.load(var_ptr + channel).to(DTYPE)
     else:
-        mean, var = set_moments(x_ptr, channel, channels, planes, size, BLOCK_P, BLOCK_S, DTYPE)
+        mean, var = set_moments(
+            x_ptr,
+            stride_n,
+            stride_c,
+            channel,
+            channels,
+            planes,
+            size,
+            channels,
+            BLOCK_P,
+            BLOCK_S,
+            DTYPE,
+        )
         tl.store(mean_ptr + channel, mean)
         tl.store(var_ptr + channel, var)
     set_apply(
-        x_ptr, y_ptr, residual_ptr, weight_ptr, bias_ptr, labels_ptr, mean, rsqrt(var, EPS),
+        x_ptr, stride_n, stride_c, y_ptr, residual_ptr, weight_ptr, bias_ptr, labels_ptr,
+        mean, rsqrt(var, EPS),
         channel, channels, planes, size, channels,
         ACTIVATION, SLOPE, RESIDUAL_AFTER, BLOCK_P, BLOCK_S, DTYPE,
     )  # fmt: skip
@@ -34,7 +48,8 @@ def batch_norm_fwd_kernel(
 
 @triton.jit
 def batch_norm_bwd_kernel(
-    dy_ptr, x_ptr, residual_ptr,  # (N, C, S); residual may be None
+    x_ptr, stride_n, stride_c,  # (N, C, S), contiguous along S
+    dy_ptr, residual_ptr,  # (N, C, S), contiguous; residual may be None
     weight_ptr, bias_ptr,  # (K, C) or None
     labels_ptr,  # (N,) or None
     mean_ptr, var_ptr,  # (C,)
@@ -49,7 +64,7 @@ def batch_norm_bwd_kernel(
     mean = tl.load(mean_ptr + channel).to(DTYPE)
     rstd = rsqrt(tl.load(var_ptr + channel).to(DTYPE), EPS)
     set_grad(
-        dy_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, labels_ptr, mean, rstd,
-        dx_ptr, g_ptr, g_sum_ptr, gx_sum_ptr, channel, channels, planes, size, channels,
+        dy_ptr, x_ptr, stride_n, stride_c, residual_ptr, weight_ptr, bias_ptr, labels_ptr,
+        mean, rstd, dx_ptr, g_ptr, g_sum_ptr, gx_sum_ptr, channel, channels, planes, size, channels,
         ACTIVATION, SLOPE, GIVEN_STATS, BLOCK_P, BLOCK_S, DTYPE,
     )  # fmt: skip

@@ -8,7 +8,8 @@ from gannorm.kernels.tile import rsqrt, set_apply, set_grad, set_moments
 
 @triton.jit
 def instance_norm_fwd_kernel(
-    x_ptr, y_ptr, residual_ptr,  # (N, C, S); residual may be None
+    x_ptr, stride_n, stride_c,  # (N, C, S), contiguous along S
+    y_ptr, residual_ptr,  # (N, C, S), contiguous; residual may be None
     weight_ptr, bias_ptr,  # (K, C) or None
     labels_ptr,  # (N,) or None
     mean_ptr, var_ptr,  # (N, C / planes), written
@@ -20,11 +21,14 @@ def instance_norm_fwd_kernel(
     tl.static_assert(not GIVEN_STATS)
     group = tl.program_id(0).to(tl.int64)
     first = group * planes
-    mean, var = set_moments(x_ptr, first, 1, planes, size, BLOCK_P, BLOCK_S, DTYPE)
+    mean, var = set_moments(
+        x_ptr, stride_n, stride_c, first, 1, planes, size, channels, BLOCK_P, BLOCK_S, DTYPE
+    )
     tl.store(mean_ptr + group, mean)
     tl.store(var_ptr + group, var)
     set_apply(
-        x_ptr, y_ptr, residual_ptr, weight_ptr, bias_ptr, labels_ptr, mean, rsqrt(var, EPS),
+        x_ptr, stride_n, stride_c, y_ptr, residual_ptr, weight_ptr, bias_ptr, labels_ptr,
+        mean, rsqrt(var, EPS),
         first, 1, planes, size, channels,
         ACTIVATION, SLOPE, RESIDUAL_AFTER, BLOCK_P, BLOCK_S, DTYPE,
     )  # fmt: skip
@@ -32,7 +36,8 @@ def instance_norm_fwd_kernel(
 
 @triton.jit
 def instance_norm_bwd_kernel(
-    dy_ptr, x_ptr, residual_ptr,  # (N, C, S); residual may be None
+    x_ptr, stride_n, stride_c,  # (N, C, S), contiguous along S
+    dy_ptr, residual_ptr,  # (N, C, S), contiguous; residual may be None
     weight_ptr, bias_ptr,  # (K, C) or None
     labels_ptr,  # (N,) or None
     mean_ptr, var_ptr,  # (N, C / planes)
@@ -47,7 +52,7 @@ def instance_norm_bwd_kernel(
     mean = tl.load(mean_ptr + group)
     rstd = rsqrt(tl.load(var_ptr + group), EPS)
     set_grad(
-        dy_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, labels_ptr, mean, rstd,
-        dx_ptr, g_ptr, g_sum_ptr, gx_sum_ptr, group * planes, 1, planes, size, channels,
+        dy_ptr, x_ptr, stride_n, stride_c, residual_ptr, weight_ptr, bias_ptr, labels_ptr,
+        mean, rstd, dx_ptr, g_ptr, g_sum_ptr, gx_sum_ptr, group * planes, 1, planes, size, channels,
         ACTIVATION, SLOPE, GIVEN_STATS, BLOCK_P, BLOCK_S, DTYPE,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """The launchers: outputs allocated, a plan chosen, one kernel each way (two with an affine).
 
-`forward` and `backward` take contiguous tensors on one device; `gannorm.functional` has checked
-them. `spec` is any object with groups, eps, activation, negative_slope and
-residual_after_activation (`gannorm.reference.NormSpec`).
+`forward` and `backward` take tensors on one device, contiguous but for x, whose planes may lie
+anywhere; `gannorm.functional` has checked them. `spec` is any object with groups, eps,
+activation, negative_slope and residual_after_activation (`gannorm.reference.NormSpec`).
 """
 
 from typing import Any
@@ -64,11 +64,11 @@ def forward(
     if mean is None or var is None:
         mean = x.new_zeros(shape, dtype=_stat_dtype(x))
         var = torch.zeros_like(mean)
-    y = torch.empty_like(x)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
         kernel = instance_norm_fwd_kernel if spec.groups else batch_norm_fwd_kernel
         kernel[(programs,)](
-            x, y, residual, weight, bias, labels, mean, var,
+            x, x.stride(0), x.stride(1), y, residual, weight, bias, labels, mean, var,
             planes, x.shape[2], x.shape[1],
             RESIDUAL_AFTER=spec.residual_after_activation,
             **_constants(x, spec, given), **plan(planes, x.shape[2]),
@@ -92,13 +92,14 @@ def backward(
     """dx, dweight, dbias, and the gradient of `residual`."""
     programs, planes, _ = _sets(x, spec.groups)
     n, c, size = x.shape
-    dx = torch.empty_like(x) if need_dx else None
-    g = torch.empty_like(x) if residual is not None else None
+    dx = torch.empty_like(dy, dtype=x.dtype) if need_dx else None
+    g = torch.empty_like(dy, dtype=x.dtype) if residual is not None else None
     sums = x.new_zeros((2, n, c), dtype=_stat_dtype(x))
     if x.numel():
         kernel = instance_norm_bwd_kernel if spec.groups else batch_norm_bwd_kernel
         kernel[(programs,)](
-            dy, x, residual, weight, bias, labels, mean, var, dx, g, sums[0], sums[1],
+            x, x.stride(0), x.stride(1), dy, residual, weight, bias, labels, mean, var,
+            dx, g, sums[0], sums[1],
             planes, size, c,
             **_constants(x, spec, given_stats), **plan(planes, size),
         )  # fmt: skip

@@ -3,7 +3,8 @@
 A statistics set is a number of planes, the plane (n, c) standing at (n * C + c) * S elements:
 `planes` of them from plane `first`, `step` apart. Instance norm: one plane; group norm: the
 group's neighbours (step 1); batch norm: a channel's plane in every sample (step C). The loops
-below run over tiles of BLOCK_P planes by BLOCK_S elements and know no other difference.
+below run over tiles of BLOCK_P planes by BLOCK_S elements and know no other difference. Only the
+input x may lie elsewhere, its planes stride_n and stride_c apart.
 """
 
 import triton
@@ -12,13 +13,21 @@ import triton.language as tl
 
 @triton.jit
 def _tile(p0, s0, first, step, planes, size, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Plane numbers n * C + c (BLOCK_P,), element offsets and mask (BLOCK_P, BLOCK_S)."""
+    """Plane numbers n * C + c (BLOCK_P,), contiguous offsets and mask (BLOCK_P, BLOCK_S)."""
     p = p0 + tl.arange(0, BLOCK_P)
     s = s0 + tl.arange(0, BLOCK_S)
     plane = first + p.to(tl.int64) * step
     live = p < planes
     mask = live[:, None] & (s < size)[None, :]
     return plane, live, plane[:, None] * size + s[None, :], mask
+
+
+@triton.jit
+def _load_x(x_ptr, stride_n, stride_c, plane, s0, mask, channels, BLOCK_S: tl.constexpr):
+    """x (N, C, S), its planes contiguous and anywhere: a slice is read where it lies."""
+    start = plane // channels * stride_n + plane % channels * stride_c
+    s = s0 + tl.arange(0, BLOCK_S)
+    return tl.load(x_ptr + start[:, None] + s[None, :], mask=mask, other=0)
 
 
 @triton.jit
@@ -69,7 +78,7 @@ def rsqrt(var, EPS: tl.constexpr):
 
 @triton.jit
 def set_moments(
-    x_ptr, first, step, planes, size,
+    x_ptr, stride_n, stride_c, first, step, planes, size, channels,
     BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Mean and biased variance of a set: two-pass in each tile, tiles merged by Chan's formula.
@@ -77,14 +86,15 @@ def set_moments(
     Everything is shifted by the set's first element, so a constant set has exactly its value as
     mean and exactly 0 as variance.
     """
-    shift = tl.load(x_ptr + first * size).to(DTYPE)
+    corner = first // channels * stride_n + first % channels * stride_c
+    shift = tl.load(x_ptr + corner).to(DTYPE)
     count = tl.full([], 0.0, DTYPE)
     mean = tl.full([], 0.0, DTYPE)
     square = tl.full([], 0.0, DTYPE)
     for p0 in range(0, planes, BLOCK_P):
         for s0 in range(0, size, BLOCK_S):
-            _, _, offsets, mask = _tile(p0, s0, first, step, planes, size, BLOCK_P, BLOCK_S)
-            x = tl.load(x_ptr + offsets, mask=mask, other=0).to(DTYPE)
+            plane, _, _, mask = _tile(p0, s0, first, step, planes, size, BLOCK_P, BLOCK_S)
+            x = _load_x(x_ptr, stride_n, stride_c, plane, s0, mask, channels, BLOCK_S).to(DTYPE)
             x = tl.where(mask, x - shift, 0.0)
             tile_count = tl.sum(tl.sum(mask.to(DTYPE), 1), 0)
             tile_mean = tl.sum(tl.sum(x, 1), 0) / tile_count
@@ -100,7 +110,7 @@ def set_moments(
 
 @triton.jit
 def set_apply(
-    x_ptr, y_ptr, residual_ptr, weight_ptr, bias_ptr, labels_ptr, mean, rstd,
+    x_ptr, stride_n, stride_c, y_ptr, residual_ptr, weight_ptr, bias_ptr, labels_ptr, mean, rstd,
     first, step, planes, size, channels,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, RESIDUAL_AFTER: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, DTYPE: tl.constexpr,
@@ -110,7 +120,7 @@ def set_apply(
         for s0 in range(0, size, BLOCK_S):
             plane, live, offsets, mask = _tile(p0, s0, first, step, planes, size, BLOCK_P, BLOCK_S)
             weight, bias = _affine(weight_ptr, bias_ptr, labels_ptr, plane, live, channels, DTYPE)
-            x = tl.load(x_ptr + offsets, mask=mask, other=0).to(DTYPE)
+            x = _load_x(x_ptr, stride_n, stride_c, plane, s0, mask, channels, BLOCK_S).to(DTYPE)
             y = (x - mean) * (rstd * weight) + bias
             if residual_ptr is not None:
                 residual = tl.load(residual_ptr + offsets, mask=mask, other=0).to(DTYPE)
@@ -125,11 +135,10 @@ def set_apply(
 
 @triton.jit
 def _grad_tile(
-    dy_ptr, x_ptr, residual_ptr, offsets, mask, weight, bias, mean, rstd,
+    dy_ptr, x, residual_ptr, offsets, mask, weight, bias, mean, rstd,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """dy behind the activation, and x_hat; the mask is recomputed, not stored."""
-    x = tl.load(x_ptr + offsets, mask=mask, other=0).to(DTYPE)
     g = tl.load(dy_ptr + offsets, mask=mask, other=0).to(DTYPE)
     x_hat = tl.where(mask, (x - mean) * rstd, 0.0)
     if ACTIVATION is not None:
@@ -142,7 +151,7 @@ def _grad_tile(
 
 @triton.jit
 def set_grad(
-    dy_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, labels_ptr, mean, rstd,
+    dy_ptr, x_ptr, stride_n, stride_c, residual_ptr, weight_ptr, bias_ptr, labels_ptr, mean, rstd,
     dx_ptr, g_ptr, g_sum_ptr, gx_sum_ptr,
     first, step, planes, size, channels,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, GIVEN_STATS: tl.constexpr,
@@ -161,8 +170,9 @@ def set_grad(
         for s0 in range(0, size, BLOCK_S):
             plane, live, offsets, mask = _tile(p0, s0, first, step, planes, size, BLOCK_P, BLOCK_S)
             weight, bias = _affine(weight_ptr, bias_ptr, labels_ptr, plane, live, channels, DTYPE)
+            x = _load_x(x_ptr, stride_n, stride_c, plane, s0, mask, channels, BLOCK_S).to(DTYPE)
             g, x_hat = _grad_tile(
-                dy_ptr, x_ptr, residual_ptr, offsets, mask, weight, bias, mean, rstd,
+                dy_ptr, x, residual_ptr, offsets, mask, weight, bias, mean, rstd,
                 ACTIVATION, SLOPE, DTYPE,
             )  # fmt: skip
             g_sum += tl.sum(g, 1)
@@ -178,8 +188,9 @@ def set_grad(
         for s0 in range(0, size, BLOCK_S):
             plane, live, offsets, mask = _tile(p0, s0, first, step, planes, size, BLOCK_P, BLOCK_S)
             weight, bias = _affine(weight_ptr, bias_ptr, labels_ptr, plane, live, channels, DTYPE)
+            x = _load_x(x_ptr, stride_n, stride_c, plane, s0, mask, channels, BLOCK_S).to(DTYPE)
             g, x_hat = _grad_tile(
-                dy_ptr, x_ptr, residual_ptr, offsets, mask, weight, bias, mean, rstd,
+                dy_ptr, x, residual_ptr, offsets, mask, weight, bias, mean, rstd,
                 ACTIVATION, SLOPE, DTYPE,
             )  # fmt: skip
             if g_ptr is not None:

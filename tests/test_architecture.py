@@ -11,9 +11,10 @@ FLOORS = (
     ("gannorm.config",),
     ("gannorm.kernels", "gannorm.reference"),
     ("gannorm.autograd",),
+    ("gannorm.checks",),
     ("gannorm.functional",),
     ("gannorm.norms", "gannorm"),  # the package itself: what gannorm/__init__.py re-exports
-    ("gannorm.losses", "gannorm.models"),
+    ("gannorm.convert", "gannorm.losses", "gannorm.models"),
     ("gannorm.data",),
     ("gannorm.metrics", "gannorm.monitor", "gannorm.checkpoint"),
     ("gannorm.tasks",),

@@ -110,6 +110,6 @@ def test_a_wheel(copy: Path, other: Path, tmp_path: Path):
 def test_an_editable_install(copy: Path, other: Path, tmp_path: Path):
     target = tmp_path / "target"
     pip("install", "--target", target, other, "-e", copy)
-    # A folder of packages that is no site-packages: its .pth files want reading.
-    done = python(f"import site; site.addsitedir({str(target)!r})\n{BOTH}", tmp_path)
+    # Its .pth files want reading; on the path too, for the finder that they name is found there.
+    done = python(f"import site; site.addsitedir({str(target)!r})\n{BOTH}", tmp_path, target)
     check_both(done, target, copy / "gannorm" / "__init__.py", copy / "kernels" / "launch.py")
