@@ -3,7 +3,7 @@
 The norm layers stand here; the ops are in `gannorm.functional`.
 """
 
-from gannorm.convert import convert
+from gannorm.conversion import convert
 from gannorm.functional import use_backend
 from gannorm.norms import (
     BatchNorm2d,

@@ -7,85 +7,30 @@ batch (batch); the affine is a table of rows picked by label. See `docs/design.m
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from importlib.util import find_spec
-from types import ModuleType
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from gannorm import reference
 from gannorm.autograd import NormFunction
+from gannorm.backend import module_for, transformed, use_backend
 from gannorm.checks import check_input, check_plane, check_tables, check_vector
-from gannorm.errors import RequestError
 from gannorm.reference import NormSpec
 
-BACKENDS = ("auto", "triton", "torch")
+__all__ = [
+    "batch_norm",
+    "batch_normalization",
+    "conditional_batch_norm",
+    "conditional_instance_norm",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "moments",
+    "use_backend",
+]
+
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
-_backend: ContextVar[str] = ContextVar("backend", default="auto")
-
-
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run the norms inside the block on "triton", "torch", or "auto" (Triton for CUDA tensors).
-
-    Raises:
-        RequestError: an unknown name, or "triton" where no kernel can run.
-    """
-    check_backend(name)
-    token = _backend.set(name)
-    try:
-        yield
-    finally:
-        _backend.reset(token)
-
-
-def _interpreted() -> bool:
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
-
-
-def check_backend(name: str) -> None:
-    """Refuse a backend that is unknown or cannot run on this machine."""
-    if name not in BACKENDS:
-        raise RequestError(f"backend={name!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    if name == "triton":
-        if find_spec("triton") is None:
-            raise RequestError(
-                "backend='triton': triton is not installed here (it exists for Linux); "
-                "use backend 'auto' or 'torch'"
-            )
-        if not torch.cuda.is_available() and not _interpreted():
-            raise RequestError(
-                "backend='triton': no GPU was found, and Triton kernels need one; use backend "
-                "'auto' or 'torch', or set TRITON_INTERPRET=1 to interpret the kernels (slowly)"
-            )
-
-
-def _module_for(x: Tensor) -> ModuleType:
-    name = _backend.get()
-    if name == "torch" or (name == "auto" and not x.is_cuda) or x.device.type == "meta":
-        return reference
-    if name == "auto" and find_spec("triton") is None:
-        return reference
-    if name == "triton" and not x.is_cuda and not _interpreted():
-        raise ValueError(
-            f"backend='triton' cannot run on a tensor on {x.device}; move it to a GPU, use backend "
-            "'auto' or 'torch', or set TRITON_INTERPRET=1"
-        )
-    from gannorm import kernels
-
-    return kernels
-
-
-def _transformed() -> bool:
-    """Whether torch.func or forward-mode AD is at work: they take the composition of torch ops."""
-    functorch = torch._C._functorch.peek_interpreter_stack() is not None
-    return functorch or forward_ad._current_level >= 0
 
 
 def _normalize(
@@ -116,14 +61,14 @@ def _normalize(
         residual = residual.to(x.dtype).reshape(flat).contiguous()
     mean, var = stats if stats is not None else (None, None)
     rows = x.reshape(flat)
-    if _transformed():
+    if transformed():
         y, mean, var = reference.forward(rows, weight, bias, labels, residual, mean, var, spec)
         return y.reshape(x.shape), mean.detach(), var.detach()
     if rows.stride(2) != 1:
         rows = rows.contiguous()
     y, mean, var = NormFunction.apply(
         rows, weight, bias, residual, labels, mean, var, spec,
-        _module_for(x),
+        module_for(x),
     )  # fmt: skip
     y = y.view(x.shape)
     if x.dim() == 4 and not x.is_contiguous():

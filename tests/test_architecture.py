@@ -11,10 +11,14 @@ FLOORS = (
     ("gannorm.config",),
     ("gannorm.kernels", "gannorm.reference"),
     ("gannorm.autograd",),
-    ("gannorm.checks",),
+    ("gannorm.backend", "gannorm.checks"),
     ("gannorm.functional",),
-    ("gannorm.norms", "gannorm"),  # the package itself: what gannorm/__init__.py re-exports
-    ("gannorm.convert", "gannorm.losses", "gannorm.models"),
+    (
+        "gannorm.conversion",
+        "gannorm.norms",
+        "gannorm",
+    ),  # and what __init__ re-exports
+    ("gannorm.losses", "gannorm.models"),
     ("gannorm.data",),
     ("gannorm.metrics", "gannorm.monitor", "gannorm.checkpoint"),
     ("gannorm.tasks",),

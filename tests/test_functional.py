@@ -9,6 +9,7 @@ import torch
 
 from gannorm import functional as G
 from gannorm import use_backend
+from gannorm.backend import module_for
 from gannorm.errors import RequestError
 
 X = torch.randn(4, 6, 3, 3)
@@ -69,9 +70,9 @@ def test_unknown_backend_is_refused():
 def test_use_backend_nests_and_restores():
     with use_backend("torch"):
         with use_backend("triton"):
-            assert G._module_for(X).__name__ == "gannorm.kernels"
-        assert G._module_for(X).__name__ == "gannorm.reference"
-    assert (G._module_for(X).__name__ == "gannorm.kernels") == X.is_cuda
+            assert module_for(X).__name__ == "gannorm.kernels"
+        assert module_for(X).__name__ == "gannorm.reference"
+    assert (module_for(X).__name__ == "gannorm.kernels") == X.is_cuda
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the backend is there")

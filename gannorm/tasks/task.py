@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gannorm.backend import check_backend, use_backend
 from gannorm.config import Config
 from gannorm.data import Batch, Data
 from gannorm.errors import RequestError
-from gannorm.functional import check_backend, use_backend
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

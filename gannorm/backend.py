@@ -1,0 +1,77 @@
+"""Which code runs the norms: Triton kernels, their torch twin, or differentiable torch ops."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from gannorm import reference
+from gannorm.errors import RequestError
+
+BACKENDS = ("auto", "triton", "torch")
+_backend: ContextVar[str] = ContextVar("backend", default="auto")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the norms inside the block on "triton", "torch", or "auto" (Triton for CUDA tensors).
+
+    Raises:
+        RequestError: an unknown name, or "triton" where no kernel can run.
+    """
+    check_backend(name)
+    token = _backend.set(name)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def _interpreted() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def check_backend(name: str) -> None:
+    """Refuse a backend that is unknown or cannot run on this machine."""
+    if name not in BACKENDS:
+        raise RequestError(f"backend={name!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if name == "triton":
+        if find_spec("triton") is None:
+            raise RequestError(
+                "backend='triton': triton is not installed here (it exists for Linux); "
+                "use backend 'auto' or 'torch'"
+            )
+        if not torch.cuda.is_available() and not _interpreted():
+            raise RequestError(
+                "backend='triton': no GPU was found, and Triton kernels need one; use backend "
+                "'auto' or 'torch', or set TRITON_INTERPRET=1 to interpret the kernels (slowly)"
+            )
+
+
+def module_for(x: Tensor) -> ModuleType:
+    name = _backend.get()
+    if name == "torch" or (name == "auto" and not x.is_cuda) or x.device.type == "meta":
+        return reference
+    if name == "auto" and find_spec("triton") is None:
+        return reference
+    if name == "triton" and not x.is_cuda and not _interpreted():
+        raise ValueError(
+            f"backend='triton' cannot run on a tensor on {x.device}; move it to a GPU, use backend "
+            "'auto' or 'torch', or set TRITON_INTERPRET=1"
+        )
+    from gannorm import kernels
+
+    return kernels
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode AD is at work: they take the composition of torch ops."""
+    functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    return functorch or forward_ad._current_level >= 0
