@@ -14,6 +14,7 @@ from gannorm import reference
 from gannorm.errors import RequestError
 
 BACKENDS = ("auto", "triton", "torch")
+HAS_TRITON = find_spec("triton") is not None
 _backend: ContextVar[str] = ContextVar("backend", default="auto")
 
 
@@ -32,7 +33,8 @@ def use_backend(name: str) -> Iterator[None]:
         _backend.reset(token)
 
 
-def _interpreted() -> bool:
+def _runs_on_cpu() -> bool:
+    """Whether Triton's interpreter is switched on."""
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
@@ -43,12 +45,12 @@ def check_backend(name: str) -> None:
     if name not in BACKENDS:
         raise RequestError(f"backend={name!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if name == "triton":
-        if find_spec("triton") is None:
+        if not HAS_TRITON:
             raise RequestError(
                 "backend='triton': triton is not installed here (it exists for Linux); "
                 "use backend 'auto' or 'torch'"
             )
-        if not torch.cuda.is_available() and not _interpreted():
+        if not torch.cuda.is_available() and not _runs_on_cpu():
             raise RequestError(
                 "backend='triton': no GPU was found, and Triton kernels need one; use backend "
                 "'auto' or 'torch', or set TRITON_INTERPRET=1 to interpret the kernels (slowly)"
@@ -56,12 +58,13 @@ def check_backend(name: str) -> None:
 
 
 def module_for(x: Tensor) -> ModuleType:
+    """The module whose `forward` and `backward` serve `x`: `reference` or `kernels`."""
     name = _backend.get()
-    if name == "torch" or (name == "auto" and not x.is_cuda) or x.device.type == "meta":
+    if name == "torch" or x.device.type == "meta":
         return reference
-    if name == "auto" and find_spec("triton") is None:
+    if name == "auto" and not (x.is_cuda and HAS_TRITON):
         return reference
-    if name == "triton" and not x.is_cuda and not _interpreted():
+    if not x.is_cuda and not torch.compiler.is_compiling() and not _runs_on_cpu():
         raise ValueError(
             f"backend='triton' cannot run on a tensor on {x.device}; move it to a GPU, use backend "
             "'auto' or 'torch', or set TRITON_INTERPRET=1"

@@ -45,8 +45,12 @@ def check_tables(
             f"{op}: labels must be an int64 tensor of shape ({x.shape[0]},), one label per sample, "
             f"got {labels.dtype} of shape {tuple(labels.shape)}"
         )
-    # On a GPU the check would wait for the device: there the kernel's lookup stays in bounds.
-    if rows is not None and labels.device.type == "cpu" and labels.numel():
+    if rows is None or not labels.numel():
+        return
+    if torch.compiler.is_compiling():
+        fits = ((labels >= 0) & (labels < rows)).all()
+        torch._assert_async(fits, f"{op}: labels must lie in 0..{rows - 1}")
+    elif labels.device.type == "cpu":  # on a GPU reading them would wait for the device
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= rows:
             raise ValueError(

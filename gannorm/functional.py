@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gannorm import reference
+from gannorm import ops, reference
 from gannorm.autograd import NormFunction
 from gannorm.backend import module_for, transformed, use_backend
 from gannorm.checks import check_input, check_plane, check_tables, check_vector
@@ -66,10 +66,13 @@ def _normalize(
         return y.reshape(x.shape), mean.detach(), var.detach()
     if rows.stride(2) != 1:
         rows = rows.contiguous()
-    y, mean, var = NormFunction.apply(
-        rows, weight, bias, residual, labels, mean, var, spec,
-        module_for(x),
-    )  # fmt: skip
+    backend = module_for(x)
+    if torch.compiler.is_compiling() and backend is not reference:
+        y, mean, var = ops.norm(rows, weight, bias, labels, residual, mean, var, *spec)
+    else:
+        y, mean, var = NormFunction.apply(
+            rows, weight, bias, residual, labels, mean, var, spec, backend
+        )
     y = y.view(x.shape)
     if x.dim() == 4 and not x.is_contiguous():
         y = y.contiguous(memory_format=_memory_format(x))

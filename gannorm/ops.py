@@ -1,0 +1,108 @@
+"""The kernels as operators of torch.library, which is how `torch.compile` sees them.
+
+Eager calls do not come here: an operator's dispatch costs more than the kernel's launch. On the
+torch backend the compiler traces the torch ops themselves. Compiled code is differentiable once,
+as all of torch.compile's is; eager code any number of times (`gannorm.autograd`).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gannorm.reference import NormSpec, stat_dtype
+
+
+@torch.library.custom_op("gannorm::norm", mutates_args=())
+def norm(
+    x: Tensor,  # (N, C, S)
+    weight: Tensor | None,  # (K, C)
+    bias: Tensor | None,
+    labels: Tensor | None,  # (N,)
+    residual: Tensor | None,  # (N, C, S)
+    mean: Tensor | None,
+    var: Tensor | None,
+    groups: int,
+    eps: float,
+    activation: str | None,
+    negative_slope: float,
+    residual_after_activation: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`kernels.forward`: y, mean, variance; given statistics come back as copies."""
+    from gannorm import kernels
+
+    spec = NormSpec(groups, eps, activation, negative_slope, residual_after_activation)
+    y, m, v = kernels.forward(x, weight, bias, labels, residual, mean, var, spec)
+    return (y, m, v) if mean is None else (y, m.clone(), v.clone())
+
+
+@norm.register_fake
+def _(x, weight, bias, labels, residual, mean, var, groups, *_):  # type: ignore[no-untyped-def]
+    y = x.new_empty(x.shape)
+    if mean is not None:
+        return y, torch.empty_like(mean), torch.empty_like(var)
+    shape = (x.shape[0], groups) if groups else (x.shape[1],)
+    stats = (x.new_empty(shape, dtype=stat_dtype(x.dtype)) for _ in range(2))
+    return y, *stats
+
+
+@torch.library.custom_op("gannorm::norm_backward", mutates_args=())
+def norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    groups: int,
+    eps: float,
+    activation: str | None,
+    negative_slope: float,
+    given_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`kernels.backward`: dx, dweight, dbias, dresidual; empty where there is none."""
+    from gannorm import kernels
+
+    spec = NormSpec(groups, eps, activation, negative_slope)
+    grads = kernels.backward(
+        dy.contiguous(), x, weight, bias, labels, residual, mean, var, spec, given_stats, True
+    )
+    dx, dweight, dbias, dresidual = (x.new_empty(0) if g is None else g for g in grads)
+    return dx, dweight, dbias, dresidual
+
+
+@norm_backward.register_fake
+def _(dy, x, weight, bias, labels, residual, *_):  # type: ignore[no-untyped-def]
+    like = (x, weight, bias, residual)
+    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in like)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, labels, residual, mean, _, groups, eps, activation, slope, after = inputs
+    ctx.folded = activation is not None and not after
+    ctx.has_residual, ctx.given_stats = residual is not None, mean is not None
+    ctx.constants = (groups, eps, activation, slope, mean is not None)
+    inner = residual if ctx.folded else None
+    ctx.save_for_backward(x, weight, bias, labels, inner, output[1], output[2])
+
+
+def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    dx, dweight, dbias, dresidual = torch.ops.gannorm.norm_backward(dy, *saved, *ctx.constants)
+    residual = None
+    if ctx.has_residual:
+        residual = dresidual if ctx.folded else dy
+    weight, bias = saved[1], saved[2]
+    return (
+        dx,
+        None if weight is None else dweight,
+        None if bias is None else dbias,
+        None,
+        residual,
+        *([None] * 7),
+    )
+
+
+norm.register_autograd(_backward, setup_context=_setup_context)
