@@ -37,7 +37,7 @@ def norm(
 
 
 @norm.register_fake
-def _(x, weight, bias, labels, residual, mean, var, groups, *_):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, labels, residual, mean, var, groups, *_):
     y = x.new_empty(x.shape)
     if mean is not None:
         return y, torch.empty_like(mean), torch.empty_like(var)
@@ -74,7 +74,7 @@ def norm_backward(
 
 
 @norm_backward.register_fake
-def _(dy, x, weight, bias, labels, residual, *_):  # type: ignore[no-untyped-def]
+def _(dy, x, weight, bias, labels, residual, *_):
     like = (x, weight, bias, residual)
     return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in like)
 

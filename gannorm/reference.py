@@ -43,6 +43,11 @@ def _per_channel(stat: Tensor, n: int, c: int, groups: int) -> Tensor:
     return stat.view(n, groups, 1).expand(n, groups, c // groups).reshape(n, c, 1)
 
 
+def _rstd(var: Tensor, dtype: torch.dtype, n: int, c: int, spec: NormSpec) -> Tensor:
+    """1 / sqrt(var + eps), (N, C, 1) or (1, C, 1), rounded once."""
+    return _per_channel((var.double() + spec.eps).rsqrt().to(dtype), n, c, spec.groups)
+
+
 def _rows(table: Tensor | None, labels: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The affine table (K, C) as (N, C, 1), or (1, C, 1) when all samples share its one row."""
     if table is None:
@@ -57,27 +62,31 @@ def _set_mean(planes: Tensor, groups: int) -> Tensor:
     return planes.mean(0) if groups == 0 else planes.view(n, groups, c // groups).mean(2)
 
 
-def moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance of every statistics set, and x minus that mean.
+def moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, biased variance and the mean's rounding error of every set, and x minus the mean.
 
-    x: (N, C, S) in the statistics dtype. Returns (C,) or (N, groups), the same, (N, C, S).
+    x: (N, C, S) in the statistics dtype. Returns (C,) or (N, groups), three times, and (N, C, S).
+    The true mean is mean + error (Knuth's TwoSum): far from 0 the error is all that a rounded
+    mean gets wrong.
     """
-    n, c, _ = x.shape
+    n, c, s = x.shape
     if x.numel() == 0:
         zeros = x.new_zeros((c,) if groups == 0 else (n, groups))
-        return zeros, zeros, x
+        return zeros, zeros, zeros, x
     inplace = not torch.is_grad_enabled()
-    first = x[:1, :, :1] if groups == 0 else x.view(n, groups, -1)[:, :, :1]
-    first = first.detach().reshape(-1) if groups == 0 else first.detach().reshape(n, groups)
-    shifted = x - _per_channel(first, n, c, groups)
-    offset = _set_mean(shifted.mean(2), groups)
-    column = _per_channel(offset, n, c, groups)
-    centred = shifted.sub_(column) if inplace else shifted - column
+    first = (x[0, :, 0] if groups == 0 else x[:, :: c // groups, 0]).detach()
+    centred = x - _per_channel(first, n, c, groups)
+    offset = _set_mean(centred.mean(2), groups)
+    mean = first + offset
+    part = mean - first
+    error = ((first - (mean - part)) + (offset - part)).detach()
     if inplace:  # vector_norm reads once and needs no temporary
-        power = torch.linalg.vector_norm(centred, dim=2).square_().div_(x.shape[2])
+        torch.sub(x, _per_channel(mean, n, c, groups), out=centred)
+        power = torch.linalg.vector_norm(centred, dim=2).square_().div_(s)
     else:
+        centred = x - _per_channel(mean, n, c, groups)
         power = centred.square().mean(2)
-    return first + offset, _set_mean(power, groups), centred
+    return mean, _set_mean(power, groups) - error.square(), error, centred
 
 
 def _activate(y: Tensor, spec: NormSpec) -> Tensor:
@@ -107,16 +116,22 @@ def forward(
     inplace = not torch.is_grad_enabled()
     wide = x.to(dtype)
     if mean is None or var is None:
-        mean, var, y = moments(wide, spec.groups)
+        mean, var, error, y = moments(wide, spec.groups)
     else:
-        y = wide - mean.to(dtype).view(1, c, 1)
-    scale = _per_channel((var.to(dtype) + spec.eps).rsqrt(), n, c, spec.groups)
+        y, error = wide - mean.to(dtype).view(1, c, 1), None
+    scale = _rstd(var, dtype, n, c, spec)
     gain, shift = _rows(weight, labels, dtype), _rows(bias, labels, dtype)
     if gain is not None:
         scale = scale * gain
-    y = y.mul_(scale) if inplace else y * scale
-    if shift is not None:
-        y = y.add_(shift) if inplace else y + shift
+    if error is not None:  # too small to cancel, so it may go into the bias
+        correction = _per_channel(error, n, c, spec.groups) * scale
+        shift = -correction if shift is None else shift - correction
+    if shift is None:
+        y = y.mul_(scale) if inplace else y * scale
+    elif inplace:
+        torch.addcmul(shift, y, scale, out=y)
+    else:
+        y = torch.addcmul(shift, y, scale)
     if residual is not None and not spec.residual_after_activation:
         y = y.add_(residual) if inplace else y + residual.to(dtype)
     y = _activate(y, spec)
@@ -153,7 +168,7 @@ def backward(
     """
     n, c, s = x.shape
     dtype = stat_dtype(x.dtype)
-    rstd = _per_channel((var.to(dtype) + spec.eps).rsqrt(), n, c, spec.groups)
+    rstd = _rstd(var, dtype, n, c, spec)
     x_hat = (x.to(dtype) - _per_channel(mean.to(dtype), n, c, spec.groups)).mul_(rstd)
     gain, shift = _rows(weight, labels, dtype), _rows(bias, labels, dtype)
     g = dy.to(dtype)

@@ -21,9 +21,10 @@ def batch_norm_fwd_kernel(
     channel = tl.program_id(0).to(tl.int64)
     if GIVEN_STATS:
         mean = tl.load(mean_ptr + channel).to(DTYPE)
+        error = tl.full([], 0.0, DTYPE)
         var = tl.load(var_ptr + channel).to(DTYPE)
     else:
-        mean, var = set_moments(
+        mean, error, var = set_moments(
             x_ptr,
             stride_n,
             stride_c,
@@ -40,7 +41,7 @@ def batch_norm_fwd_kernel(
         tl.store(var_ptr + channel, var)
     set_apply(
         x_ptr, stride_n, stride_c, y_ptr, residual_ptr, weight_ptr, bias_ptr, labels_ptr,
-        mean, rsqrt(var, EPS),
+        mean, error, rsqrt(var, EPS),
         channel, channels, planes, size, channels,
         ACTIVATION, SLOPE, RESIDUAL_AFTER, BLOCK_P, BLOCK_S, DTYPE,
     )  # fmt: skip

@@ -21,14 +21,14 @@ def instance_norm_fwd_kernel(
     tl.static_assert(not GIVEN_STATS)
     group = tl.program_id(0).to(tl.int64)
     first = group * planes
-    mean, var = set_moments(
+    mean, error, var = set_moments(
         x_ptr, stride_n, stride_c, first, 1, planes, size, channels, BLOCK_P, BLOCK_S, DTYPE
     )
     tl.store(mean_ptr + group, mean)
     tl.store(var_ptr + group, var)
     set_apply(
         x_ptr, stride_n, stride_c, y_ptr, residual_ptr, weight_ptr, bias_ptr, labels_ptr,
-        mean, rsqrt(var, EPS),
+        mean, error, rsqrt(var, EPS),
         first, 1, planes, size, channels,
         ACTIVATION, SLOPE, RESIDUAL_AFTER, BLOCK_P, BLOCK_S, DTYPE,
     )  # fmt: skip

@@ -81,47 +81,52 @@ def set_moments(
     x_ptr, stride_n, stride_c, first, step, planes, size, channels,
     BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Mean and biased variance of a set: two-pass in each tile, tiles merged by Chan's formula.
+    """Mean, the mean's rounding error, and biased variance of a set.
 
-    Everything is shifted by the set's first element, so a constant set has exactly its value as
-    mean and exactly 0 as variance.
+    Two-pass in each tile, tiles merged by Chan's formula, all relative to the first element: a
+    constant set has exactly its value as mean, and variance 0. The true mean is mean + error
+    (Knuth's TwoSum): far from 0 the error is all that a rounded mean gets wrong.
     """
     corner = first // channels * stride_n + first % channels * stride_c
-    shift = tl.load(x_ptr + corner).to(DTYPE)
+    first_x = tl.load(x_ptr + corner).to(DTYPE)
     count = tl.full([], 0.0, DTYPE)
-    mean = tl.full([], 0.0, DTYPE)
+    offset = tl.full([], 0.0, DTYPE)
     square = tl.full([], 0.0, DTYPE)
     for p0 in range(0, planes, BLOCK_P):
         for s0 in range(0, size, BLOCK_S):
             plane, _, _, mask = _tile(p0, s0, first, step, planes, size, BLOCK_P, BLOCK_S)
             x = _load_x(x_ptr, stride_n, stride_c, plane, s0, mask, channels, BLOCK_S).to(DTYPE)
-            x = tl.where(mask, x - shift, 0.0)
+            x = tl.where(mask, x - first_x, 0.0)
             tile_count = tl.sum(tl.sum(mask.to(DTYPE), 1), 0)
             tile_mean = tl.sum(tl.sum(x, 1), 0) / tile_count
             centred = tl.where(mask, x - tile_mean, 0.0)
             tile_square = tl.sum(tl.sum(centred * centred, 1), 0)
             total = count + tile_count
-            delta = tile_mean - mean
-            mean += delta * (tile_count / total)
+            delta = tile_mean - offset
+            offset += delta * (tile_count / total)
             square += tile_square + delta * delta * (count * tile_count / total)
             count = total
-    return shift + mean, square / count
+    mean = first_x + offset
+    part = mean - first_x
+    error = (first_x - (mean - part)) + (offset - part)
+    return mean, error, square / count
 
 
 @triton.jit
 def set_apply(
-    x_ptr, stride_n, stride_c, y_ptr, residual_ptr, weight_ptr, bias_ptr, labels_ptr, mean, rstd,
+    x_ptr, stride_n, stride_c, y_ptr, residual_ptr, weight_ptr, bias_ptr, labels_ptr,
+    mean, error, rstd,
     first, step, planes, size, channels,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, RESIDUAL_AFTER: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """y = act((x - mean) * (rstd * weight) + bias (+ residual)) (+ residual) over a set."""
+    """act((x - mean - error) * (rstd * weight) + bias (+ residual)) (+ residual) over a set."""
     for p0 in range(0, planes, BLOCK_P):
         for s0 in range(0, size, BLOCK_S):
             plane, live, offsets, mask = _tile(p0, s0, first, step, planes, size, BLOCK_P, BLOCK_S)
             weight, bias = _affine(weight_ptr, bias_ptr, labels_ptr, plane, live, channels, DTYPE)
             x = _load_x(x_ptr, stride_n, stride_c, plane, s0, mask, channels, BLOCK_S).to(DTYPE)
-            y = (x - mean) * (rstd * weight) + bias
+            y = ((x - mean) - error) * (rstd * weight) + bias
             if residual_ptr is not None:
                 residual = tl.load(residual_ptr + offsets, mask=mask, other=0).to(DTYPE)
                 if RESIDUAL_AFTER:

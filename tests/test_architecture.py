@@ -10,7 +10,7 @@ FLOORS = (
     ("gannorm.errors",),
     ("gannorm.config",),
     ("gannorm.kernels", "gannorm.reference"),
-    ("gannorm.autograd",),
+    ("gannorm.autograd", "gannorm.ops"),
     ("gannorm.backend", "gannorm.checks"),
     ("gannorm.functional",),
     (

@@ -1,0 +1,193 @@
+"""Layouts, dtypes, offsets and odd shapes: every op, both backends, forward and gradients."""
+
+import pytest
+import torch
+from parity import BACKENDS, close
+from torch.nn import functional as F
+
+from gannorm import functional as G
+from gannorm import use_backend
+
+LABELS = torch.tensor([2, 0, 2])
+
+
+def rows(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return t[LABELS[: len(x)]].view(len(x), -1, *[1] * (x.dim() - 2))
+
+
+# ours(x, w, b) and the same in torch; w and b are tables (3, C)
+OPS = {
+    "instance": (
+        lambda x, w, b: G.instance_norm(x, weight=w[0], bias=b[0]),
+        lambda x, w, b: F.instance_norm(x, weight=w[0], bias=b[0]),
+    ),
+    "group": (
+        lambda x, w, b: G.group_norm(x, 2, w[0], b[0]),
+        lambda x, w, b: F.group_norm(x, 2, w[0], b[0]),
+    ),
+    "batch": (
+        lambda x, w, b: G.batch_norm(x, None, None, w[0], b[0], True),
+        lambda x, w, b: F.batch_norm(x, None, None, w[0], b[0], True),
+    ),
+    "conditional_batch": (
+        lambda x, w, b: G.conditional_batch_norm(x, LABELS[: len(x)], None, None, w, b, True),
+        lambda x, w, b: F.batch_norm(x, None, None, training=True) * rows(w, x) + rows(b, x),
+    ),
+    "conditional_instance": (
+        lambda x, w, b: G.conditional_instance_norm(x, LABELS[: len(x)], w, b),
+        lambda x, w, b: F.instance_norm(x) * rows(w, x) + rows(b, x),
+    ),
+}
+BIG = torch.arange(3 * 12 * 8 * 10, dtype=torch.float64).view(3, 12, 8, 10).sin()
+LAYOUTS = {
+    "contiguous": lambda: BIG[:, :6, :5, :7].contiguous(),
+    "channels_last": lambda: BIG[:, :6, :5, :7].contiguous(memory_format=torch.channels_last),
+    "channels sliced": lambda: BIG[:, 3:9],
+    "rows and columns sliced": lambda: BIG[:, :6, 1:7, 2:9],
+    "every other sample": lambda: BIG[::2, :6],
+    "transposed": lambda: BIG[:, :6].transpose(2, 3),
+    "batch and channels swapped": lambda: BIG[:2, :3].transpose(0, 1),
+    "expanded over samples": lambda: BIG[:1, :6].expand(3, -1, -1, -1),
+    "expanded over columns": lambda: BIG[:, :6, :, :1].expand(-1, -1, -1, 9),
+    "3-D": lambda: BIG[:, :6, 0],
+    "5-D": lambda: BIG[:, :6].reshape(3, 6, 4, 2, 10),
+    "one row": lambda: BIG[:, :6, :1],
+    "one column": lambda: BIG[:, :6, :, :1],
+}
+GRADS = {
+    "ordinary": lambda y: y.detach().cos(),
+    "stride 0": lambda y: torch.ones((), dtype=y.dtype).expand_as(y),
+    "transposed": lambda y: y.detach().cos().transpose(-1, -2).contiguous().transpose(-1, -2),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(backend, op, layout):
+    torch.manual_seed(0)
+    x = LAYOUTS[layout]()
+    ours, theirs = OPS[op]
+    w, b = (torch.randn(3, x.shape[1]).double().requires_grad_() for _ in range(2))
+    before = x.clone()
+    leaves = [x.detach().requires_grad_(), w, b]
+    plain = [x.contiguous().requires_grad_(), w, b]
+    if x.shape[1] % 2 and op == "group":
+        return
+    with use_backend(backend):
+        y = ours(*leaves)
+        expected = theirs(*plain)
+        close(y, expected, 1e-10)
+        for kind, dy in GRADS.items():
+            if kind == "ordinary" or backend == "torch":
+                a = torch.autograd.grad(y, leaves, dy(expected), retain_graph=True)
+                e = torch.autograd.grad(expected, plain, dy(expected), retain_graph=True)
+                for p, q in zip(a, e, strict=True):
+                    close(p, q, 1e-10)
+    assert torch.equal(x, before)
+    if layout == "channels_last":
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_a_gradient_of_stride_0(backend, op):
+    """As `.sum().backward()` delivers it."""
+    x = torch.randn(3, 4, 2, 3).double().requires_grad_()
+    w, b = (torch.randn(3, 4).double().requires_grad_() for _ in range(2))
+    ours, theirs = OPS[op]
+    with use_backend(backend):
+        a = torch.autograd.grad(ours(x, w, b).sum(), [x, w, b])
+        e = torch.autograd.grad(theirs(x, w, b).sum(), [x, w, b])
+    for p, q in zip(a, e, strict=True):
+        close(p, q, 1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("offset", [0, 1, 10, 100, 1e3, 1e4, 1e5, 1e6])
+def test_offsets(backend, op, offset):
+    """Unit variance far from 0: never worse than torch, by far better at large offsets."""
+    torch.manual_seed(0)
+    x = (torch.randn(3, 4, 16, 20).double() + offset).float()
+    w, b = torch.randn(3, 4), torch.randn(3, 4)
+    ours, theirs = OPS[op]
+    oracle = theirs(x.double(), w.double(), b.double())
+    with use_backend(backend):
+        error = float((ours(x, w, b) - oracle).abs().max())
+    torchs = float((theirs(x, w, b) - oracle).abs().max())
+    last_places = 3 * torch.finfo(torch.float32).eps * float(oracle.abs().max())
+    assert error <= max(torchs, last_places)
+    assert error < 5e-6  # at 1e6 torch's is 1e-2 to 1e-1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("same", [True, False], ids=["same dtype", "float32 parameters"])
+def test_half_precision(backend, op, dtype, same):
+    """The output's error, and the gradients', against a float64 oracle."""
+    torch.manual_seed(0)
+    kind = dtype if same else torch.float32
+    ours, theirs = OPS[op]
+    x = (torch.randn(3, 4, 9, 7) * 2 + 5).to(dtype).requires_grad_()
+    w, b = (torch.randn(3, 4).to(kind).requires_grad_() for _ in range(2))
+    wide = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    oracle = theirs(*wide)
+    dy = torch.randn(x.shape).to(dtype)
+    with use_backend(backend):
+        y = ours(x, w, b)
+        grads = torch.autograd.grad(y, [x, w, b], dy)
+    expected = torch.autograd.grad(oracle, wide, dy.double())
+    assert y.dtype == dtype and [g.dtype for g in grads] == [dtype, kind, kind]
+    # Half a unit in the last place; the interpreter truncates to bfloat16: a whole one.
+    truncates = backend == "triton" and dtype == torch.bfloat16 and not x.is_cuda
+    for a, e in zip((y, *grads), (oracle, *expected), strict=True):
+        unit = torch.finfo(a.dtype).eps * e.abs().clamp(min=torch.finfo(a.dtype).tiny)
+        limit = unit * (1.0 if truncates else 0.5) + 2e-5 * max(1.0, e.abs().max().item())
+        assert ((a.double() - e).abs() <= limit).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast(backend):
+    x, w = torch.randn(2, 4, 5, 5), torch.randn(4, 4, 1, 1)
+    with use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+        h = F.conv2d(x, w)
+        y = G.instance_norm(h, weight=torch.ones(4), bias=torch.zeros(4), residual=x)
+    assert h.dtype == y.dtype == torch.bfloat16
+    close(y.float(), F.instance_norm(h.float()) + x, 2e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_containment(backend, op, bad):
+    """One bad value spoils its statistics set and nothing else, in output and gradients."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 3, 3)
+    w, b = torch.randn(3, 4), torch.randn(3, 4)
+    spoilt = x.clone()
+    spoilt[1, 2, 0, 1] = bad
+    sets = {"instance": (1, [2]), "group": (1, [2, 3]), "conditional_instance": (1, [2])}
+    sample, channels = sets.get(op, (slice(None), [2]))
+    mine = torch.zeros(3, 4, dtype=torch.bool)
+    for c in channels:
+        mine[sample, c] = True
+    ours = OPS[op][0]
+    with use_backend(backend):
+        clean, y = ours(x, w, b), ours(spoilt, w, b)
+    assert torch.equal(y[~mine], clean[~mine])
+    assert not y[mine].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_labels_of_every_sample_equal_the_loop(backend):
+    """N == H: a table row for each sample gives exactly what a loop over the samples gives."""
+    torch.manual_seed(0)
+    x, w, b = torch.randn(4, 3, 4, 4), torch.randn(4, 3), torch.randn(4, 3)
+    with use_backend(backend):
+        y = G.conditional_batch_norm(x, torch.arange(4), None, None, w, b, True)
+        for i in range(4):
+            same = torch.full((4,), i)
+            row = G.conditional_batch_norm(x, same, None, None, w, b, True)
+            assert torch.equal(row[i], y[i])

@@ -1,0 +1,145 @@
+"""torch.compile without a break on both backends, opcheck, torch.func, forward-mode AD."""
+
+import pytest
+import torch
+from parity import BACKENDS, close, leaf
+from torch.nn import functional as F
+
+import gannorm
+from gannorm import functional as G
+from gannorm import ops, use_backend
+
+LABELS = torch.tensor([0, 2, 1, 1])
+
+
+def after(residual):
+    return {"residual": residual, "residual_after_activation": True}
+
+
+COMPILED = {
+    "instance": lambda x, w, b, r: G.instance_norm(x, weight=w[0], bias=b[0], activation="silu"),
+    "group": lambda x, w, b, r: G.group_norm(x, 2, w[0], b[0], residual=r),
+    "batch": lambda x, w, b, r: G.batch_norm(
+        x, None, None, w[0], b[0], True, activation="relu", **after(r)
+    ),
+    "eval": lambda x, w, b, r: G.batch_norm(x, torch.zeros(6), torch.ones(6), w[0], b[0]),
+    "conditional_batch": lambda x, w, b, r: G.conditional_batch_norm(
+        x, LABELS[: x.shape[0]], None, None, w, b, True, activation="relu"
+    ),
+    "conditional_instance": lambda x, w, b, r: G.conditional_instance_norm(
+        x, LABELS[: x.shape[0]], w, b, activation="leaky_relu", residual=r
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("op", COMPILED)
+def test_compiled_equals_eager(backend, dynamic, op):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    w, b = leaf(3, 6, dtype=torch.float32), leaf(3, 6, dtype=torch.float32)
+    with use_backend(backend):
+        compiled = torch.compile(COMPILED[op], fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        for n, size in ((4, 5), (3, 6)):
+            x, r = (leaf(n, 6, size, 4, dtype=torch.float32) for _ in range(2))
+            a, e = compiled(x, w, b, r), COMPILED[op](x, w, b, r)
+            close(a, e, 1e-5)
+            for p, q in zip(grads(a, x, w, b, r), grads(e, x, w, b, r), strict=True):
+                assert (p is None) == (q is None)
+                if p is not None:
+                    close(p, q, 1e-5)
+
+
+def grads(y, *leaves):
+    dy = torch.linspace(-1, 1, y.numel()).view_as(y)
+    return torch.autograd.grad(y, leaves, dy, allow_unused=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_layer_tracks_its_statistics(backend):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    with use_backend(backend):
+        eager = gannorm.ConditionalBatchNorm2d(6, 3, activation="relu")
+        layer = gannorm.ConditionalBatchNorm2d(6, 3, activation="relu")
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        for _ in range(2):
+            x = torch.randn(4, 6, 3, 3)
+            close(compiled(x, LABELS), eager(x, LABELS), 1e-5)
+        for name, value in eager.state_dict().items():
+            close(layer.state_dict()[name], value, 1e-6)
+        layer.eval(), eager.eval()
+        close(compiled(x, LABELS), eager(x, LABELS), 1e-5)
+
+
+def test_inductor_compiles_the_fallback():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    norm = gannorm.InstanceNorm2d(4, affine=True, activation="leaky_relu")
+    x = leaf(2, 4, 8, 8, dtype=torch.float32)
+    y, e = torch.compile(norm, fullgraph=True)(x), norm(x)
+    close(y, e, 1e-5)
+    close(grads(y, x)[0], grads(e, x)[0], 1e-5)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_opcheck(given, full):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 6, requires_grad=True)
+    table, labels = torch.randn(3, 4, requires_grad=True), torch.tensor([0, 2])
+    stats = (torch.randn(4), torch.rand(4)) if given else (None, None)
+    rest = (table, table, labels, x) if full else (None, None, None, None)
+    groups = 0 if given else 4
+    arguments = (x, *rest, *stats, groups, 1e-5, "relu" if full else None, 0.2, False)
+    torch.library.opcheck(torch.ops.gannorm.norm.default, arguments)
+    y, mean, var = ops.norm(*(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments))
+    arguments = (y, x.detach(), *(None if t is None else t.detach() for t in rest), mean, var)
+    constants = (groups, 1e-5, "relu" if full else None, 0.2, given)
+    torch.library.opcheck(torch.ops.gannorm.norm_backward.default, (*arguments, *constants))
+
+
+def test_compiled_labels_out_of_range_are_refused():
+    torch._dynamo.reset()
+    table = torch.ones(3, 6)
+    norm = torch.compile(
+        lambda x, y: G.conditional_instance_norm(x, y, table, table),
+        fullgraph=True, backend="aot_eager",
+    )  # fmt: skip
+    x = torch.randn(4, 6, 3, 3)
+    norm(x, LABELS)
+    with pytest.raises(RuntimeError, match=r"labels must lie in 0\.\.2"):
+        norm(x, LABELS - 1)
+
+
+TWINS = {
+    "instance": (G.instance_norm, F.instance_norm),
+    "group": (lambda x: G.group_norm(x, 3), lambda x: F.group_norm(x, 3)),
+    "batch": (
+        lambda x: G.batch_norm(x, None, None, training=True),
+        lambda x: F.batch_norm(x, None, None, training=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", TWINS)
+def test_torch_func_and_forward_mode(backend, op):
+    torch.manual_seed(0)
+    x, t = torch.randn(4, 6, 3, 3).double(), torch.randn(4, 6, 3, 3).double()
+    many = torch.randn(2, 4, 6, 3, 3).double()
+    func = torch.func
+    with use_backend(backend):
+        ours, theirs = TWINS[op]
+        for a, b in zip(func.jvp(ours, (x,), (t,)), func.jvp(theirs, (x,), (t,)), strict=True):
+            close(a, b, 1e-10)
+        loss = [lambda x, f=f: f(x).pow(3).sum() for f in (ours, theirs)]
+        close(func.grad(loss[0])(x), func.grad(loss[1])(x), 1e-10)
+        close(func.vmap(ours)(many), torch.stack([theirs(m) for m in many]), 1e-10)
+        each = torch.stack([func.grad(loss[1])(m) for m in many])
+        close(func.vmap(func.grad(loss[0]))(many), each, 1e-9)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, t)
+            tangent = torch.autograd.forward_ad.unpack_dual(ours(dual)).tangent.clone()
+    close(tangent, func.jvp(theirs, (x,), (t,))[1], 1e-10)
