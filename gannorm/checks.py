@@ -25,6 +25,14 @@ def check_vector(t: Tensor | None, name: str, channels: int, op: str) -> None:
         )
 
 
+def check_devices(x: Tensor, op: str, **others: Tensor | None) -> None:
+    for name, t in others.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(
+                f"{op}: {name} is on {t.device}, the input on {x.device}; move both to one device"
+            )
+
+
 def check_tables(
     weight: Tensor | None, bias: Tensor | None, labels: Tensor, x: Tensor, op: str
 ) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from gannorm import ops, reference
 from gannorm.autograd import NormFunction
 from gannorm.backend import module_for, transformed, use_backend
-from gannorm.checks import check_input, check_plane, check_tables, check_vector
+from gannorm.checks import check_devices, check_input, check_plane, check_tables, check_vector
 from gannorm.reference import NormSpec
 
 __all__ = [
@@ -55,6 +55,7 @@ def _normalize(
             f"{op}: residual must have the input's shape {tuple(x.shape)}, "
             f"got {tuple(residual.shape)}"
         )
+    check_devices(x, op, weight=weight, bias=bias, labels=labels, residual=residual)
     spec = NormSpec(groups, eps, activation, negative_slope, residual_after_activation)
     flat = (x.shape[0], x.shape[1], math.prod(x.shape[2:]))
     if residual is not None:
@@ -97,11 +98,15 @@ def _update_running(
     """Move the running statistics (C,) towards the batch's; non-finite ones never enter."""
     if var_estimator == "unbiased":
         var = var * (count / max(count - 1, 1))
-    finite = mean.isfinite() & var.isfinite()
-    for running, new in ((running_mean, mean), (running_var, var)):
-        if running is not None:
-            new = torch.where(finite, new.to(running.dtype), running)
-            running.lerp_(new, momentum)
+    pairs = [
+        (running, new.to(running.dtype))
+        for running, new in ((running_mean, mean), (running_var, var))
+        if running is not None
+    ]
+    if pairs:
+        finite = torch.stack([new.isfinite() for _, new in pairs]).all(0)
+        for running, new in pairs:
+            running.lerp_(torch.where(finite, new, running), momentum)
 
 
 def _batch_norm(
@@ -121,6 +126,13 @@ def _batch_norm(
 ) -> Tensor:
     for name, t in (("running_mean", running_mean), ("running_var", running_var)):
         check_vector(t, name, x.shape[1], op)
+        check_devices(x, op, **{name: t})
+    for name, value, known in (
+        ("degenerate", degenerate, ("raise", "beta")),
+        ("var_estimator", var_estimator, ("unbiased", "biased")),
+    ):
+        if value not in known:
+            raise ValueError(f"{op}: {name}={value!r} is unknown; choose one of {known}")
     if not training:
         if running_mean is None or running_var is None:
             raise ValueError(

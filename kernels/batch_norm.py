@@ -13,7 +13,7 @@ def batch_norm_fwd_kernel(
     weight_ptr, bias_ptr,  # (K, C) or None
     labels_ptr,  # (N,) or None
     mean_ptr, var_ptr,  # (C,): written, or read when GIVEN_STATS
-    planes, size, channels,  # N, S, C
+    planes, size, rows, channels,  # N, S, K, C
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, RESIDUAL_AFTER: tl.constexpr,
     EPS: tl.constexpr, GIVEN_STATS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, DTYPE: tl.constexpr,
@@ -42,7 +42,7 @@ def batch_norm_fwd_kernel(
     set_apply(
         x_ptr, stride_n, stride_c, y_ptr, residual_ptr, weight_ptr, bias_ptr, labels_ptr,
         mean, error, rsqrt(var, EPS),
-        channel, channels, planes, size, channels,
+        channel, channels, planes, size, rows, channels,
         ACTIVATION, SLOPE, RESIDUAL_AFTER, BLOCK_P, BLOCK_S, DTYPE,
     )  # fmt: skip
 
@@ -56,7 +56,7 @@ def batch_norm_bwd_kernel(
     mean_ptr, var_ptr,  # (C,)
     dx_ptr, g_ptr,  # (N, C, S) or None, written
     g_sum_ptr, gx_sum_ptr,  # (N, C), written
-    planes, size, channels,
+    planes, size, rows, channels,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     EPS: tl.constexpr, GIVEN_STATS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, DTYPE: tl.constexpr,
@@ -66,6 +66,7 @@ def batch_norm_bwd_kernel(
     rstd = rsqrt(tl.load(var_ptr + channel).to(DTYPE), EPS)
     set_grad(
         dy_ptr, x_ptr, stride_n, stride_c, residual_ptr, weight_ptr, bias_ptr, labels_ptr,
-        mean, rstd, dx_ptr, g_ptr, g_sum_ptr, gx_sum_ptr, channel, channels, planes, size, channels,
+        mean, rstd, dx_ptr, g_ptr, g_sum_ptr, gx_sum_ptr,
+        channel, channels, planes, size, rows, channels,
         ACTIVATION, SLOPE, GIVEN_STATS, BLOCK_P, BLOCK_S, DTYPE,
     )  # fmt: skip

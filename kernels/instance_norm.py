@@ -13,7 +13,7 @@ def instance_norm_fwd_kernel(
     weight_ptr, bias_ptr,  # (K, C) or None
     labels_ptr,  # (N,) or None
     mean_ptr, var_ptr,  # (N, C / planes), written
-    planes, size, channels,  # channels of a group, S, C
+    planes, size, rows, channels,  # channels of a group, S, K, C
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, RESIDUAL_AFTER: tl.constexpr,
     EPS: tl.constexpr, GIVEN_STATS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, DTYPE: tl.constexpr,
@@ -29,7 +29,7 @@ def instance_norm_fwd_kernel(
     set_apply(
         x_ptr, stride_n, stride_c, y_ptr, residual_ptr, weight_ptr, bias_ptr, labels_ptr,
         mean, error, rsqrt(var, EPS),
-        first, 1, planes, size, channels,
+        first, 1, planes, size, rows, channels,
         ACTIVATION, SLOPE, RESIDUAL_AFTER, BLOCK_P, BLOCK_S, DTYPE,
     )  # fmt: skip
 
@@ -43,7 +43,7 @@ def instance_norm_bwd_kernel(
     mean_ptr, var_ptr,  # (N, C / planes)
     dx_ptr, g_ptr,  # (N, C, S) or None, written
     g_sum_ptr, gx_sum_ptr,  # (N, C), written
-    planes, size, channels,
+    planes, size, rows, channels,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     EPS: tl.constexpr, GIVEN_STATS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, DTYPE: tl.constexpr,
@@ -53,6 +53,7 @@ def instance_norm_bwd_kernel(
     rstd = rsqrt(tl.load(var_ptr + group), EPS)
     set_grad(
         dy_ptr, x_ptr, stride_n, stride_c, residual_ptr, weight_ptr, bias_ptr, labels_ptr,
-        mean, rstd, dx_ptr, g_ptr, g_sum_ptr, gx_sum_ptr, group * planes, 1, planes, size, channels,
+        mean, rstd, dx_ptr, g_ptr, g_sum_ptr, gx_sum_ptr,
+        group * planes, 1, planes, size, rows, channels,
         ACTIVATION, SLOPE, GIVEN_STATS, BLOCK_P, BLOCK_S, DTYPE,
     )  # fmt: skip

@@ -31,17 +31,25 @@ def _load_x(x_ptr, stride_n, stride_c, plane, s0, mask, channels, BLOCK_S: tl.co
 
 
 @triton.jit
-def _affine(weight_ptr, bias_ptr, labels_ptr, plane, live, channels, DTYPE: tl.constexpr):
-    """Weight and bias (BLOCK_P, 1) of each plane's channel, in the row of its sample's label."""
+def _affine(weight_ptr, bias_ptr, labels_ptr, plane, live, rows, channels, DTYPE: tl.constexpr):
+    """Weight and bias (BLOCK_P, 1) of each plane's channel, in the row of its sample's label.
+
+    A label outside the table gives NaN: to refuse it would be to wait for the device.
+    """
     index = plane % channels
-    if labels_ptr is not None:
-        index += tl.load(labels_ptr + plane // channels, mask=live, other=0) * channels
     weight = tl.full(plane.shape, 1.0, DTYPE)
     bias = tl.full(plane.shape, 0.0, DTYPE)
+    fits = live
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + plane // channels, mask=live, other=0)
+        fits = (label >= 0) & (label < rows)
+        index += label * channels
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + index, mask=live, other=0).to(DTYPE)
+        weight = tl.load(weight_ptr + index, mask=live & fits, other=0).to(DTYPE)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + index, mask=live, other=0).to(DTYPE)
+        bias = tl.load(bias_ptr + index, mask=live & fits, other=0).to(DTYPE)
+    if labels_ptr is not None:
+        weight = tl.where(fits, weight, float("nan"))
     return weight[:, None], bias[:, None]
 
 
@@ -116,7 +124,7 @@ def set_moments(
 def set_apply(
     x_ptr, stride_n, stride_c, y_ptr, residual_ptr, weight_ptr, bias_ptr, labels_ptr,
     mean, error, rstd,
-    first, step, planes, size, channels,
+    first, step, planes, size, rows, channels,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, RESIDUAL_AFTER: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -124,7 +132,9 @@ def set_apply(
     for p0 in range(0, planes, BLOCK_P):
         for s0 in range(0, size, BLOCK_S):
             plane, live, offsets, mask = _tile(p0, s0, first, step, planes, size, BLOCK_P, BLOCK_S)
-            weight, bias = _affine(weight_ptr, bias_ptr, labels_ptr, plane, live, channels, DTYPE)
+            weight, bias = _affine(
+                weight_ptr, bias_ptr, labels_ptr, plane, live, rows, channels, DTYPE
+            )
             x = _load_x(x_ptr, stride_n, stride_c, plane, s0, mask, channels, BLOCK_S).to(DTYPE)
             y = ((x - mean) - error) * (rstd * weight) + bias
             if residual_ptr is not None:
@@ -158,7 +168,7 @@ def _grad_tile(
 def set_grad(
     dy_ptr, x_ptr, stride_n, stride_c, residual_ptr, weight_ptr, bias_ptr, labels_ptr, mean, rstd,
     dx_ptr, g_ptr, g_sum_ptr, gx_sum_ptr,
-    first, step, planes, size, channels,
+    first, step, planes, size, rows, channels,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, GIVEN_STATS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -174,7 +184,9 @@ def set_grad(
         gx_sum = tl.zeros([BLOCK_P], DTYPE)
         for s0 in range(0, size, BLOCK_S):
             plane, live, offsets, mask = _tile(p0, s0, first, step, planes, size, BLOCK_P, BLOCK_S)
-            weight, bias = _affine(weight_ptr, bias_ptr, labels_ptr, plane, live, channels, DTYPE)
+            weight, bias = _affine(
+                weight_ptr, bias_ptr, labels_ptr, plane, live, rows, channels, DTYPE
+            )
             x = _load_x(x_ptr, stride_n, stride_c, plane, s0, mask, channels, BLOCK_S).to(DTYPE)
             g, x_hat = _grad_tile(
                 dy_ptr, x, residual_ptr, offsets, mask, weight, bias, mean, rstd,
@@ -183,16 +195,18 @@ def set_grad(
             g_sum += tl.sum(g, 1)
             gx_sum += tl.sum(g * x_hat, 1)
         plane, live, offsets, mask = _tile(p0, 0, first, step, planes, size, BLOCK_P, BLOCK_S)
-        weight, bias = _affine(weight_ptr, bias_ptr, labels_ptr, plane, live, channels, DTYPE)
+        weight, bias = _affine(weight_ptr, bias_ptr, labels_ptr, plane, live, rows, channels, DTYPE)
         tl.store(g_sum_ptr + plane, g_sum, mask=live)
         tl.store(gx_sum_ptr + plane, gx_sum, mask=live)
         a += tl.sum(g_sum * tl.sum(weight, 1), 0)
         b += tl.sum(gx_sum * tl.sum(weight, 1), 0)
-    elements = planes.to(DTYPE) * size
+    elements = tl.full([], 1.0, DTYPE) * planes * size
     for p0 in range(0, planes, BLOCK_P):
         for s0 in range(0, size, BLOCK_S):
             plane, live, offsets, mask = _tile(p0, s0, first, step, planes, size, BLOCK_P, BLOCK_S)
-            weight, bias = _affine(weight_ptr, bias_ptr, labels_ptr, plane, live, channels, DTYPE)
+            weight, bias = _affine(
+                weight_ptr, bias_ptr, labels_ptr, plane, live, rows, channels, DTYPE
+            )
             x = _load_x(x_ptr, stride_n, stride_c, plane, s0, mask, channels, BLOCK_S).to(DTYPE)
             g, x_hat = _grad_tile(
                 dy_ptr, x, residual_ptr, offsets, mask, weight, bias, mean, rstd,

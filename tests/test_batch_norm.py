@@ -116,3 +116,14 @@ def test_empty_batch(backend):
         grads = torch.autograd.grad(y.sum(), [x, w, b])
     assert y.shape == x.shape
     assert [float(g.abs().sum()) for g in grads] == [0, 0, 0]
+
+
+def test_the_kernel_stays_inside_the_table():
+    """On a GPU labels are not read before the launch; one outside gives its sample NaN."""
+    from gannorm import kernels
+    from gannorm.reference import NormSpec
+
+    x, table, labels = torch.randn(4, 3, 5), torch.ones(2, 3), torch.tensor([0, 2, -1, 1])
+    y, *_ = kernels.forward(x, table, table, labels, None, None, None, NormSpec(0, 1e-5))
+    assert y.isnan().all((1, 2)).tolist() == [False, True, True, False]
+    assert y[[0, 3]].isfinite().all()

@@ -53,6 +53,13 @@ TABLE = torch.ones(3, 6)
             ValueError,
             "bias must have shape",
         ),
+        (lambda: G.group_norm(X, 2, torch.ones(6, device="meta")), ValueError, "weight is on meta"),
+        (lambda: G.group_norm(X, 2, residual=X.to("meta")), ValueError, "residual is on meta"),
+        (
+            lambda: G.conditional_instance_norm(X, LABELS.to("meta"), TABLE, TABLE),
+            ValueError,
+            "labels is on meta, the input on cpu",
+        ),
         (lambda: G.group_norm(X, 2, activation="gelu"), ValueError, "gelu"),
         (lambda: G.group_norm(X, 2, residual=X[:2]), ValueError, "residual"),
     ],
