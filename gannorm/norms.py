@@ -67,7 +67,6 @@ class InstanceNorm2d(_EpilogueMixin, nn.InstanceNorm2d):
     Args:
         activation: None, "relu", "leaky_relu" (slope `negative_slope`) or "silu".
         residual_after_activation: add `residual` behind the activation, not before it.
-        weight_init: mean and standard deviation of the weight's normal initialization.
 
     Shapes: input and residual (N, C, H, W); output the same.
     """

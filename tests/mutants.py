@@ -209,7 +209,7 @@ MUTANTS = tuple(Mutant(*m) for m in (
      "test_conversion.py -k itself"),
     ("convert fuses twice", CONV, "if activation is None or norm.epilogue.activation is not None:",
      "if activation is None:", GAPS + "fused_activation"),
-    ("convert keeps the activation", CONV, "parent._modules[name] = nn.Identity()", "pass",
+    ("convert keeps the activation", CONV, "replacement._modules[behind] = nn.Identity()", "pass",
      "test_conversion.py -k 'unet or twice'"),
 ))
 # fmt: on

@@ -98,3 +98,23 @@ def test_a_shared_activation_stays_where_it_is_used_alone():
     expected = model(x)
     assert kinds(convert(model)) == ["Sequential", "GroupNorm", "Identity", "Conv2d", "ReLU"]
     close(model(x), expected, 1e-10)
+
+
+def test_modules_in_several_places():
+    """A ReLU before a norm stays; a norm used twice stays one norm and takes no ReLU in."""
+    x = torch.randn(2, 4, 3, 3).double()
+    relu, norm = nn.ReLU(), nn.GroupNorm(2, 4)
+    model = nn.Sequential(relu, norm, relu, norm).double()
+    expected = model(x)
+    assert kinds(convert(model)) == ["Sequential", "ReLU", "GroupNorm"]
+    assert model[1] is model[3] and type(model[1]) is gannorm.GroupNorm
+    close(model(x), expected, 1e-10)
+    relu = nn.ReLU()
+    model = nn.Sequential(relu, nn.GroupNorm(2, 4), relu).double()
+    expected = model(x)
+    close(convert(model)(x), expected, 1e-10)
+    assert [type(m).__name__ for m in model] == ["ReLU", "GroupNorm", "Identity"]
+    ours = gannorm.GroupNorm(2, 4).double()
+    model = nn.Sequential(ours, nn.ReLU(), ours)
+    expected = model(x)
+    close(convert(model)(x), expected, 1e-10)
