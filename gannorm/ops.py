@@ -1,4 +1,4 @@
-"""The kernels as operators of torch.library, which is how `torch.compile` sees them.
+"""The kernels as registered torch operators, which is how `torch.compile` sees them.
 
 Eager calls do not come here: an operator's dispatch costs more than the kernel's launch. On the
 torch backend the compiler traces the torch ops themselves. Compiled code is differentiable once,
@@ -8,12 +8,12 @@ as all of torch.compile's is; eager code any number of times (`gannorm.autograd`
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from gannorm.reference import NormSpec, stat_dtype
 
 
-@torch.library.custom_op("gannorm::norm", mutates_args=())
+@library.custom_op("gannorm::norm", mutates_args=())
 def norm(
     x: Tensor,  # (N, C, S)
     weight: Tensor | None,  # (K, C)
@@ -46,7 +46,7 @@ def _(x, weight, bias, labels, residual, mean, var, groups, *_):
     return y, *stats
 
 
-@torch.library.custom_op("gannorm::norm_backward", mutates_args=())
+@library.custom_op("gannorm::norm_backward", mutates_args=())
 def norm_backward(
     dy: Tensor,
     x: Tensor,

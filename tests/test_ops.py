@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from parity import BACKENDS, close, leaf
+from torch import library
 from torch.nn import functional as F
 
 import gannorm
@@ -107,11 +108,11 @@ def test_opcheck(given, full):
     rest = (table, table, labels, x) if full else (None, None, None, None)
     groups = 0 if given else 4
     arguments = (x, *rest, *stats, groups, 1e-5, "relu" if full else None, 0.2, False)
-    torch.library.opcheck(torch.ops.gannorm.norm.default, arguments)
+    library.opcheck(torch.ops.gannorm.norm.default, arguments)
     y, mean, var = ops.norm(*(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments))
     arguments = (y, x.detach(), *(None if t is None else t.detach() for t in rest), mean, var)
     constants = (groups, 1e-5, "relu" if full else None, 0.2, given)
-    torch.library.opcheck(torch.ops.gannorm.norm_backward.default, (*arguments, *constants))
+    library.opcheck(torch.ops.gannorm.norm_backward.default, (*arguments, *constants))
 
 
 def test_compiled_labels_out_of_range_are_refused():
