@@ -1,4 +1,4 @@
-"""Use a trained model:  python -m gannorm sample|translate CHECKPOINT ...
+"""Use a trained model:  python -m gannorm sample|translate|inspect CHECKPOINT ...
 
 CHECKPOINT is a checkpoint file, or a run folder (then its newest checkpoint).
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gannorm.errors import answering_requests
 from gannorm.inference import sample, translate
+from gannorm.inspection import inspect
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,7 +23,12 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--count", type=int, default=100, help="how many images (100)")
     one.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     one.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR")
-    one.set_defaults(run=lambda a: sample(a.checkpoint, a.label, a.count, a.seed, a.out))
+    one.add_argument(
+        "--truncation", type=float, metavar="T", help="noise within +-T alone; all by default"
+    )
+    one.set_defaults(
+        run=lambda a: sample(a.checkpoint, a.label, a.count, a.seed, a.out, a.truncation)
+    )
 
     two = commands.add_parser("translate", help="translate a folder of images")
     two.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
@@ -30,6 +36,13 @@ def parser() -> argparse.ArgumentParser:
     two.add_argument("target", type=Path, metavar="OUT_DIR")
     two.add_argument("--direction", choices=("AtoB", "BtoA"), required=True)
     two.set_defaults(run=lambda a: translate(a.checkpoint, a.source, a.target, a.direction))
+
+    three = commands.add_parser("inspect", help="print every norm layer and what is wrong with it")
+    three.add_argument(
+        "what", nargs="*", metavar="CHECKPOINT | KEY=VALUE ...",
+        help="a checkpoint, or overrides of the config, as for train.py",
+    )  # fmt: skip
+    three.set_defaults(run=lambda a: inspect(a.what))
     return main
 
 

@@ -30,26 +30,25 @@ class _NormBackward(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,  # where the activation's derivative depends on it
         labels: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
+        stats: Tensor,
         spec: NormSpec,
         backend: ModuleType,
-        given_stats: bool,
+        given: bool,
         need_dx: bool,
     ) -> Tensors:
-        ctx.save_for_backward(dy, x, weight, bias, residual, labels, mean, var)
-        ctx.spec, ctx.given_stats = spec, given_stats
+        ctx.save_for_backward(dy, x, weight, bias, residual, labels, stats)
+        ctx.spec, ctx.given = spec, given
         ctx.set_materialize_grads(False)
         dx, dweight, dbias, g = backend.backward(
-            dy, x, weight, bias, labels, residual, mean, var, spec, given_stats, need_dx
+            dy, x, weight, bias, labels, residual, stats, spec, given, need_dx
         )
         return dx, dweight, dbias, None if residual is None else g
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Tensors:
         if all(g is None for g in grads):
-            return (None,) * 12
-        *leaves, labels, mean, var = ctx.saved_tensors
+            return (None,) * 11
+        *leaves, labels, stats = ctx.saved_tensors
         third_order = torch.is_grad_enabled()
         with torch.enable_grad():
             # A view keeps a tensor's history for the third order and ends the second order here.
@@ -61,9 +60,8 @@ class _NormBackward(torch.autograd.Function):
             ]  # fmt: skip
             dy, x, weight, bias, residual = twins
             assert dy is not None and x is not None
-            if not ctx.given_stats:
-                mean = var = None
-            y, _, _ = reference.forward(x, weight, bias, labels, residual, mean, var, ctx.spec)
+            given = (stats[0], stats[3]) if ctx.given else None
+            y, _ = reference.forward(x, weight, bias, labels, residual, given, ctx.spec)
             pairs = zip((x, weight, bias, residual), grads, strict=True)
             wanted = [(t, g) for t, g in pairs if t is not None and g is not None]
             first = torch.autograd.grad(y, [t for t, _ in wanted], dy, create_graph=True)
@@ -75,11 +73,11 @@ class _NormBackward(torch.autograd.Function):
                 allow_unused=True,
             )
         found = iter(second)
-        return *(None if t is None else next(found) for t in twins), *([None] * 7)
+        return *(None if t is None else next(found) for t in twins), *([None] * 6)
 
 
 class NormFunction(torch.autograd.Function):
-    """act((x - mean) * rstd * weight[label] + bias[label] (+ residual)): y, mean, variance.
+    """act((x - mean) * rstd * weight[label] + bias[label] (+ residual)): y, statistics.
 
     Saves the input and the statistics; a residual only where it decides the activation's slope.
     """
@@ -87,31 +85,39 @@ class NormFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,  # (N, C, S), contiguous along S
+        x: Tensor,  # (N, C, S)
         weight: Tensor | None,  # (K, C)
         bias: Tensor | None,
-        residual: Tensor | None,  # (N, C, S), contiguous, x's dtype
+        residual: Tensor | None,  # (N, C, S), x's dtype
         labels: Tensor | None,  # (N,)
-        mean: Tensor | None,  # given statistics (evaluation), or None: the batch's own
-        var: Tensor | None,
+        given: tuple[Tensor, Tensor] | None,  # mean and variance (evaluation)
+        running: tuple[Any, ...] | None,  # statistics that the kernels are to move
         spec: NormSpec,
         backend: ModuleType,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.spec, ctx.backend, ctx.given_stats = spec, backend, mean is not None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.spec, ctx.backend, ctx.given = spec, backend, given is not None
         ctx.folded = spec.activation is not None and not spec.residual_after_activation
-        y, mean, var = backend.forward(x, weight, bias, labels, residual, mean, var, spec)
-        ctx.save_for_backward(x, weight, bias, residual if ctx.folded else None, labels, mean, var)
-        ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
+        extra = () if running is None else (running,)
+        y, stats = backend.forward(x, weight, bias, labels, residual, given, spec, *extra)
+        ctx.save_for_backward(x, weight, bias, residual if ctx.folded else None, labels, stats)
+        ctx.mark_non_differentiable(stats)
+        return y, stats
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> Tensors:
-        x, weight, bias, residual, labels, mean, var = ctx.saved_tensors
+        x, weight, bias, residual, labels, stats = ctx.saved_tensors
         need_dx, need_dresidual = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        dx, dweight, dbias, dresidual = _NormBackward.apply(
-            dy.contiguous(), x, weight, bias, residual, labels, mean, var,
-            ctx.spec, ctx.backend, ctx.given_stats, need_dx,
-        )  # fmt: skip
-        if need_dresidual and not ctx.folded:
+        if torch.is_grad_enabled():
+            dx, dweight, dbias, dresidual = _NormBackward.apply(
+                dy, x, weight, bias, residual, labels, stats,
+                ctx.spec, ctx.backend, ctx.given, need_dx,
+            )  # fmt: skip
+        else:  # nobody will differentiate this
+            dx, dweight, dbias, dresidual = ctx.backend.backward(
+                dy, x, weight, bias, labels, residual, stats, ctx.spec, ctx.given, need_dx
+            )
+        if not need_dresidual:
+            dresidual = None
+        elif not ctx.folded:
             dresidual = dy  # added last: its gradient is the output's, no copy
         return dx, dweight, dbias, dresidual, *([None] * 5)

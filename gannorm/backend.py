@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gannorm import reference
+from gannorm import native, reference
 from gannorm.errors import RequestError
 
 BACKENDS = ("auto", "triton", "torch")
@@ -58,11 +58,13 @@ def check_backend(name: str) -> None:
 
 
 def module_for(x: Tensor) -> ModuleType:
-    """The module whose `forward` and `backward` serve `x`: `reference` or `kernels`."""
+    """The module whose `forward` and `backward` serve `x`: `kernels`, `native` or `reference`."""
     name = _backend.get()
-    if name == "torch" or x.device.type == "meta":
-        return reference
-    if name == "auto" and not (x.is_cuda and HAS_TRITON):
+    if name == "torch" or x.device.type == "meta" or (name == "auto" and not x.is_cuda):
+        # The compiler fuses the plain composition; only an eager CPU gains from torch's kernels.
+        compiling = torch.compiler.is_compiling()
+        return native if x.device.type == "cpu" and not compiling else reference
+    if name == "auto" and not HAS_TRITON:
         return reference
     if not x.is_cuda and not torch.compiler.is_compiling() and not _runs_on_cpu():
         raise ValueError(
@@ -76,5 +78,5 @@ def module_for(x: Tensor) -> ModuleType:
 
 def transformed() -> bool:
     """Whether torch.func or forward-mode AD is at work: they take the composition of torch ops."""
-    functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    functorch = torch._C._functorch.maybe_current_level() is not None
     return functorch or forward_ad._current_level >= 0

@@ -12,7 +12,10 @@ from gannorm.errors import RequestError
 
 FORMAT = 1
 # What may differ between a run and its continuation; everything else decides what is trained.
-FREE = ("resume", "trainer", "norm.backend", "data.root", "data.num_workers", "data.download")
+FREE = (
+    "resume", "trainer", "metrics", "norm.backend", "data.root", "data.num_workers",
+    "data.download",
+)  # fmt: skip
 
 
 def rng_state() -> dict[str, Any]:

@@ -1,24 +1,56 @@
-"""What the ops refuse: each check names the argument, its value and the way out."""
+"""What ops and layers refuse: each check names the argument, its value and the way out."""
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
+DEGENERATE = ("raise", "beta")
+VAR_ESTIMATORS = ("unbiased", "biased")
+
+
+def check_floating(t: Tensor, name: str, op: str) -> None:
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        way_out = "convert it with .float()" if isinstance(t, Tensor) else "pass a torch.Tensor"
+        raise TypeError(f"{op}: {name} must be a floating-point tensor, got {kind}; {way_out}")
 
 
 def check_input(x: Tensor, op: str, minimum_dim: int = 2) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{op}: input must be a floating-point tensor, got {kind}")
+    check_floating(x, "input", op)
     if x.dim() < minimum_dim:
+        layout = "(N, C, ...)" if minimum_dim == 2 else "(N, C, L, ...)"
+        wanted = f"{minimum_dim} dimensions, {layout}" if minimum_dim > 1 else "1 dimension"
+        raise ValueError(f"{op}: input must have at least {wanted}, got shape {tuple(x.shape)}")
+
+
+def check_layer_input(x: Tensor, layer: nn.Module, channels: int, layouts: Sequence[str]) -> None:
+    """Refuse what a layer with `channels` channels cannot take, in the name of the layer.
+
+    layouts: dimensions the layer takes, such as "NCHW"; "NC..." is any number from two on.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        check_floating(x, "input", str(layer))  # the layer's text only where it is needed
+    sizes = [len(layout) for layout in layouts]
+    open_ended = layouts[0] == "NC..."
+    if x.dim() < 2 if open_ended else x.dim() not in sizes:
+        named = ["(N, C, ...)" if open_ended else f"({', '.join(one)})" for one in layouts]
+        raise ValueError(f"{layer} takes {' or '.join(named)}, got shape {tuple(x.shape)}")
+    place = 1 if open_ended else layouts[sizes.index(x.dim())].index("C")
+    if x.shape[place] != channels:
         raise ValueError(
-            f"{op}: input must have at least {minimum_dim} dimensions (N, C, ...), "
-            f"got shape {tuple(x.shape)}"
+            f"{layer} takes {channels} channels (dimension {place}), got {x.shape[place]} in an "
+            f"input of shape {tuple(x.shape)}"
         )
 
 
 def check_vector(t: Tensor | None, name: str, channels: int, op: str) -> None:
-    if t is not None and tuple(t.shape) != (channels,):
+    if t is None:
+        return
+    check_floating(t, name, op)
+    if tuple(t.shape) != (channels,):
         raise ValueError(
             f"{op}: {name} must have shape ({channels},), one value per channel of the input, "
             f"got {tuple(t.shape)}"
@@ -33,6 +65,32 @@ def check_devices(x: Tensor, op: str, **others: Tensor | None) -> None:
             )
 
 
+def check_choice(name: str, value: object, known: Sequence[object]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; choose from {tuple(known)}")
+
+
+def check_groups(num_groups: int, channels: int, op: str) -> None:
+    if not isinstance(num_groups, int):
+        raise TypeError(f"{op}: num_groups must be an int, got {num_groups!r}")
+    if num_groups < 1 or channels % num_groups:
+        fits = ", ".join(str(g) for g in range(1, channels + 1) if channels % g == 0)
+        raise ValueError(
+            f"{op}: num_groups={num_groups} does not divide {channels} channels; "
+            f"choose one of {fits}"
+        )
+
+
+def check_weight_init(weight_init: tuple[float, float], affine: bool) -> None:
+    if not affine:
+        raise ValueError(f"weight_init={weight_init} needs a weight: affine=True")
+    pair = isinstance(weight_init, Sequence) and len(weight_init) == 2
+    if not pair or weight_init[1] < 0:
+        raise ValueError(
+            f"weight_init={weight_init} must be (mean, standard deviation), the latter not negative"
+        )
+
+
 def check_tables(
     weight: Tensor | None, bias: Tensor | None, labels: Tensor, x: Tensor, op: str
 ) -> None:
@@ -41,18 +99,27 @@ def check_tables(
     for name, t in (("weight", weight), ("bias", bias)):
         if t is None:
             continue
+        check_floating(t, name, op)
         if t.dim() != 2 or t.shape[1] != channels or rows not in (None, t.shape[0]):
             raise ValueError(
                 f"{op}: {name} must have shape (num_classes, {channels}), the same for weight and "
                 f"bias, got {tuple(t.shape)}"
             )
         rows = t.shape[0]
-    if labels.dtype != torch.int64 or tuple(labels.shape) != (x.shape[0],):
-        kind = TypeError if labels.dtype != torch.int64 else ValueError
-        raise kind(
-            f"{op}: labels must be an int64 tensor of shape ({x.shape[0]},), one label per sample, "
-            f"got {labels.dtype} of shape {tuple(labels.shape)}"
+    _check_labels(labels, x, rows, op)
+
+
+def _check_labels(labels: Tensor, x: Tensor, rows: int | None, op: str) -> None:
+    wanted = f"labels must be an int64 tensor of shape ({x.shape[0]},), one label per sample"
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{op}: {wanted}, got {type(labels).__name__}; pass torch.tensor(labels)")
+    if labels.dtype != torch.int64:
+        raise TypeError(
+            f"{op}: {wanted}, got {labels.dtype} of shape {tuple(labels.shape)}; convert them with "
+            ".long()"
         )
+    if tuple(labels.shape) != (x.shape[0],):
+        raise ValueError(f"{op}: {wanted}, got {labels.dtype} of shape {tuple(labels.shape)}")
     if rows is None or not labels.numel():
         return
     if torch.compiler.is_compiling():
@@ -62,7 +129,8 @@ def check_tables(
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= rows:
             raise ValueError(
-                f"{op}: labels must lie in 0..{rows - 1} (num_classes={rows}), got {low}..{high}"
+                f"{op}: labels must lie in 0..{rows - 1} (num_classes={rows}), got {low}..{high}; "
+                "number the classes from 0, or give the table a row for each"
             )
 
 
@@ -72,3 +140,39 @@ def check_plane(x: Tensor, op: str) -> None:
             f"{op}: one value per plane has no variance (input of shape {tuple(x.shape)}, "
             "H*W = 1); use a larger image, fewer downsamplings, or another norm"
         )
+
+
+def check_broadcast(x: Tensor, op: str, **others: Tensor) -> None:
+    """Refuse what is no floating-point tensor or does not broadcast against `x`."""
+    for name, t in others.items():
+        check_floating(t, name, op)
+        pairs = zip(reversed(x.shape), reversed(t.shape), strict=False)
+        if any(a != b and a != 1 and b != 1 for a, b in pairs):
+            raise ValueError(
+                f"{op}: {name} of shape {tuple(t.shape)} does not broadcast against the input of "
+                f"shape {tuple(x.shape)}; one value per channel of (N, C, H, W) is (1, C, 1, 1)"
+            )
+
+
+def check_dims(dim: int | Sequence[int], x: Tensor, op: str) -> tuple[int, ...]:
+    """`dim` as a tuple of different dimensions of `x`, counted from 0."""
+    dims = (dim,) if isinstance(dim, int) else dim
+    if not isinstance(dims, Sequence) or not all(isinstance(d, int) for d in dims):
+        raise TypeError(f"{op}: dim must be an int or a sequence of them, got dim={dim!r}")
+    every = x.dim()
+    if not dims:  # all dimensions for torch, none for TensorFlow
+        raise ValueError(
+            f"{op}: dim={dim} names no dimension; for all of them pass {tuple(range(every))}"
+        )
+    if any(not -every <= d < every for d in dims):
+        raise ValueError(
+            f"{op}: dim={dim} is out of range for an input of shape {tuple(x.shape)}; "
+            f"its dimensions are {-every}..{every - 1}"
+        )
+    counted = tuple(d % every for d in dims)
+    if len(set(counted)) < len(counted):
+        raise ValueError(
+            f"{op}: dim={dim} names a dimension twice in an input of shape {tuple(x.shape)}; "
+            "name each once"
+        )
+    return counted

@@ -22,8 +22,17 @@ Precision = Enum("Precision", ["fp32", "bf16", "fp16"])
 Device = Enum("Device", ["auto", "cpu", "cuda"])
 Block = Enum("Block", ["preact", "postact"])
 Init = Enum("Init", ["orthogonal", "xavier", "normal"])
-GanLoss = Enum("GanLoss", ["lsgan", "hinge"])
+GanLoss = Enum("GanLoss", ["lsgan", "hinge", "nonsaturating", "wgan", "relativistic"])
+Augmentation = Enum("Augmentation", ["color", "translation", "cutout"])
 VarEstimator = Enum("VarEstimator", ["unbiased", "biased"])
+ExtractorName = Enum("ExtractorName", ["embedded", "inception"])
+Figure = Enum(
+    "Figure",
+    [
+        "fid", "class_fid", "kid", "inception_score", "precision", "recall", "density", "coverage",
+        "accuracy", "cycle_l1", "cycle_psnr", "cycle_ssim", "psnr", "ssim", "feature_distance",
+    ],
+)  # fmt: skip
 
 
 @dataclass
@@ -35,6 +44,7 @@ class CycleGANConfig:
     dropout: bool = MISSING
     d_width: int = MISSING  # channels of the discriminator's first convolution (ndf)
     d_layers: int = MISSING  # stride-2 convolutions; 3 is the 70x70 PatchGAN
+    d_spectral_norm: bool = MISSING
     cycle_weight: float = MISSING
     identity_weight: float = MISSING  # relative to cycle_weight
     pool_size: int = MISSING  # past translations kept per discriminator
@@ -49,6 +59,7 @@ class ResBlockGANConfig:
     g_spectral_norm: bool = MISSING
     d_widths: list[int] = MISSING  # behind each block
     d_downsamplings: int = MISSING  # the first that many blocks halve the resolution
+    d_spectral_norm: bool = MISSING
     init: Init = MISSING
 
 
@@ -119,6 +130,10 @@ class TorchvisionConfig(DataConfig):
 @dataclass
 class LossConfig:
     gan: GanLoss = MISSING
+    r1: float = MISSING  # penalty on the discriminator's gradient at real images
+    r2: float = MISSING  # at generated ones
+    gradient_penalty: float = MISSING  # between them, towards a gradient of norm 1 (WGAN-GP)
+    diffaugment: list[Augmentation] = MISSING  # of what the discriminator sees
 
 
 @dataclass
@@ -147,6 +162,17 @@ class TrainerConfig:
 
 
 @dataclass
+class MetricsConfig:
+    extractor: ExtractorName = MISSING
+    weights: str | None = MISSING  # Inception's file; null: downloaded
+    samples: int | None = MISSING  # generated for an evaluation; null: as many as are held out
+    standing_batches: int = MISSING  # that renew the batch norms' statistics; 0: the training's
+    best: Figure = MISSING  # what best.pt is the best of; the mean of both directions
+    patience: int | None = MISSING  # evaluations without a better one that end the run
+    cache: str = MISSING  # folder of the trained extractors and the real images' features
+
+
+@dataclass
 class Config:
     seed: int = MISSING
     resume: str | None = MISSING
@@ -156,6 +182,7 @@ class Config:
     loss: LossConfig = MISSING
     optim: OptimConfig = MISSING
     trainer: TrainerConfig = MISSING
+    metrics: MetricsConfig = MISSING
 
 
 SECTIONS: dict[str, dict[str, type]] = {
@@ -187,7 +214,10 @@ def typed(cfg: DictConfig) -> Config:
         RequestError: an unknown key (with the nearest right one), a missing value, a wrong type.
     """
     schema = OmegaConf.structured(Config)
-    for section, kind in (("loss", LossConfig), ("optim", OptimConfig), ("trainer", TrainerConfig)):
+    for section, kind in (
+        ("loss", LossConfig), ("optim", OptimConfig), ("trainer", TrainerConfig),
+        ("metrics", MetricsConfig),
+    ):  # fmt: skip
         schema[section] = OmegaConf.structured(kind)
     try:
         for section, kinds in SECTIONS.items():
@@ -261,6 +291,7 @@ def _check_ranges(cfg: Config) -> None:
         "trainer.checkpoint_every", "trainer.keep_checkpoints", "data.batch_size",
         "data.image_size", "optim.d_steps", "optim.lr_g", "optim.lr_d", "model.width",
         "model.d_width", "model.z_dim", "optim.clip_norm", "norm.num_groups", "data.load_size",
+        "metrics.samples", "metrics.patience",
     }  # fmt: skip
     fractions = {"optim.decay_from", "optim.beta1", "optim.beta2", "optim.ema_decay",
                  "norm.momentum"}  # fmt: skip
@@ -270,7 +301,7 @@ def _check_ranges(cfg: Config) -> None:
             continue
         for field in fields(node):
             name, value = f"{section.name}.{field.name}", node.__dict__[field.name]
-            if isinstance(value, list) and (not value or min(value) < 1):
+            if field.type == list[int] and (not value or min(value) < 1):
                 raise RequestError(f"{name}={value} must hold positive numbers, one at least")
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
@@ -289,6 +320,11 @@ def _check_ranges(cfg: Config) -> None:
         raise RequestError(
             f"model.d_downsamplings={model.d_downsamplings} must not exceed the number of blocks "
             f"in model.d_widths={model.d_widths}"
+        )
+    loss = cfg.loss
+    if loss.gan.name == "wgan" and not max(loss.r1, loss.r2, loss.gradient_penalty) > 0:
+        raise RequestError(
+            "loss.gan=wgan needs a bounded critic; set loss.gradient_penalty=10 (loss=wgan_gp)"
         )
     if cfg.data.channels not in (1, 3):
         raise RequestError(f"data.channels={cfg.data.channels} must be 1 (grey) or 3 (colour)")

@@ -1,76 +1,78 @@
 """Put our norms into an existing model."""
 
+import copy
 from collections import Counter
-from typing import Any
 
-import torch
 from torch import nn
 
 from gannorm.norms import BatchNorm2d, GroupNorm, InstanceNorm2d
 
-ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu"}
+OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.GroupNorm: GroupNorm,
+    nn.InstanceNorm2d: InstanceNorm2d,
+}
+ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.LeakyReLU: "leaky_relu",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+}
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_load_state_dict_pre_hooks",
+)
 
 
 def convert(module: nn.Module, fuse: bool = True) -> nn.Module:
-    """Swap every BatchNorm2d, InstanceNorm2d and GroupNorm of torch's below `module` for ours.
+    """Turn every BatchNorm2d, InstanceNorm2d and GroupNorm of torch's in `module` into ours.
 
-    Parameters and buffers are the same objects as before, under the same keys. With `fuse`, a
-    ReLU or LeakyReLU that directly follows a norm in an `nn.Sequential` runs inside the norm and
-    an `nn.Identity` keeps its place; a norm that stands in several places is not fused.
-    Subclasses of torch's norms (SyncBatchNorm, lazy ones) are left as they are. Works in place;
-    returns the module, or its replacement if it is a norm itself.
+    Works in place and returns the module. A norm stays the same object and becomes of our class,
+    so parameters, buffers, hooks, mode, device and dtype stay as they are. All other modules do
+    too: other norms, subclasses (lazy and parametrized ones among them), and a norm whose
+    `forward` was replaced.
+
+    With `fuse`, a ReLU, LeakyReLU or SiLU directly behind a norm in a plain `nn.Sequential` runs
+    inside the norm, and an `nn.Identity` keeps its place. Left alone: a norm that stands in
+    several places, and a norm or an activation with hooks. Pass fuse=False where code reads the
+    norm's own output out of a Sequential, by an index, a slice or a loop.
     """
-    uses = Counter(id(child) for parent in module.modules() for child in parent._modules.values())
-    return _convert(module, fuse, uses, {})
+    for norm in module.modules():
+        if type(norm) in OURS and "forward" not in norm.__dict__:
+            norm.__class__ = OURS[type(norm)]  # torch's state is ours; the rest is in our class
+    if fuse:
+        uses = Counter(id(m) for parent in module.modules() for m in parent._modules.values())
+        for parent in list(module.modules()):
+            if type(parent) is nn.Sequential:
+                _fuse(parent, uses)
+    return module
 
 
-def _convert(
-    module: nn.Module, fuse: bool, uses: Counter[int], done: dict[int, nn.Module]
-) -> nn.Module:
-    """`convert` below one module; `done` gives a module in several places one replacement."""
-    if id(module) in done:
-        return done[id(module)]
-    once = uses[id(module)] <= 1
-    done[id(module)] = replacement = _twin(module) or module
-    uses[id(replacement)] = 1 if once else 2
-    for name, child in replacement._modules.items():
-        if child is not None:
-            replacement._modules[name] = _convert(child, fuse, uses, done)
-    if fuse and type(replacement) is nn.Sequential:
-        places = list(replacement._modules)
-        for place, behind in zip(places, places[1:], strict=False):
-            norm, follower = replacement._modules[place], replacement._modules[behind]
-            kinds = BatchNorm2d | InstanceNorm2d | GroupNorm
-            if isinstance(norm, kinds) and uses[id(norm)] == 1 and follower is not None:
-                if _fuse(norm, follower):
-                    replacement._modules[behind] = nn.Identity()
-    return replacement
+def _fuse(parent: nn.Sequential, uses: Counter[int]) -> None:
+    """Take each activation behind a norm into it."""
+    places = list(parent._modules)
+    for place, behind in zip(places, places[1:], strict=False):
+        norm, follower = parent._modules[place], parent._modules[behind]
+        activation = ACTIVATIONS.get(type(follower))
+        if (
+            activation is None
+            or follower is None
+            or not isinstance(norm, BatchNorm2d | InstanceNorm2d | GroupNorm)
+            or norm.epilogue.activation is not None
+            or uses[id(norm)] > 1
+            or _watched(norm)
+            or _watched(follower)
+        ):
+            continue
+        # A copy with the same tensors: whoever else holds the norm (the Sequential that this one
+        # is a slice of) goes on with one without the activation.
+        fused = copy.copy(norm)
+        fused.fuse(activation, getattr(follower, "negative_slope", 0.2))
+        parent._modules[place], parent._modules[behind] = fused, nn.Identity()
 
 
-def _twin(norm: nn.Module) -> nn.Module | None:
-    """Ours for one of torch's norms, sharing its tensors; None for anything else."""
-    ours: nn.Module
-    with torch.device("meta"):  # its own tensors are dropped at once
-        if type(norm) is nn.BatchNorm2d:
-            ours = BatchNorm2d(norm.num_features, *_common(norm))
-        elif type(norm) is nn.InstanceNorm2d:
-            ours = InstanceNorm2d(norm.num_features, *_common(norm))
-        elif type(norm) is nn.GroupNorm:
-            ours = GroupNorm(norm.num_groups, norm.num_channels, norm.eps, norm.affine)
-        else:
-            return None
-    ours._parameters, ours._buffers = norm._parameters, norm._buffers
-    return ours.train(norm.training)
-
-
-def _common(norm: Any) -> tuple[Any, ...]:
-    return norm.eps, norm.momentum, norm.affine, norm.track_running_stats
-
-
-def _fuse(norm: BatchNorm2d | InstanceNorm2d | GroupNorm, follower: nn.Module) -> bool:
-    """Take a following ReLU or LeakyReLU into the norm, if it is one and there is none yet."""
-    activation = ACTIVATIONS.get(type(follower))
-    if activation is None or norm.epilogue.activation is not None:
-        return False
-    norm.fuse(activation, getattr(follower, "negative_slope", 0.2))
-    return True
+def _watched(module: nn.Module) -> bool:
+    """Whether a hook sees what goes in or comes out, or `forward` was replaced."""
+    return "forward" in module.__dict__ or any(module.__dict__[name] for name in HOOKS)

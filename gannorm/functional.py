@@ -8,14 +8,28 @@ batch (batch); the affine is a table of rows picked by label. See `docs/design.m
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gannorm import ops, reference
+from gannorm import native, ops, reference
 from gannorm.autograd import NormFunction
 from gannorm.backend import module_for, transformed, use_backend
-from gannorm.checks import check_devices, check_input, check_plane, check_tables, check_vector
+from gannorm.checks import (
+    ACTIVATIONS,
+    DEGENERATE,
+    VAR_ESTIMATORS,
+    check_broadcast,
+    check_devices,
+    check_dims,
+    check_floating,
+    check_groups,
+    check_input,
+    check_plane,
+    check_tables,
+    check_vector,
+)
 from gannorm.reference import NormSpec
 
 __all__ = [
@@ -30,15 +44,13 @@ __all__ = [
     "use_backend",
 ]
 
-ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
-
 
 def _normalize(
     x: Tensor,
     weight: Tensor | None,  # (K, C)
     bias: Tensor | None,
     labels: Tensor | None,
-    stats: tuple[Tensor, Tensor] | None,
+    given: tuple[Tensor, Tensor] | None,
     groups: int,
     eps: float,
     op: str,
@@ -46,10 +58,16 @@ def _normalize(
     negative_slope: float,
     residual: Tensor | None,
     residual_after_activation: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Check the epilogue, flatten to (N, C, S), run the Function, restore shape and layout."""
+    running: tuple[Tensor | None, Tensor | None, float, float] | None = None,
+) -> Tensor:
+    """Check the epilogue, flatten to (N, C, S), run the Function, restore shape and layout.
+
+    running: running mean and variance (C,), their momentum, and biased variance to running one.
+    """
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation={activation!r} is unknown; choose from {ACTIVATIONS}")
+    if residual is not None:
+        check_floating(residual, "residual", op)
     if residual is not None and residual.shape != x.shape:
         raise ValueError(
             f"{op}: residual must have the input's shape {tuple(x.shape)}, "
@@ -58,55 +76,56 @@ def _normalize(
     check_devices(x, op, weight=weight, bias=bias, labels=labels, residual=residual)
     spec = NormSpec(groups, eps, activation, negative_slope, residual_after_activation)
     flat = (x.shape[0], x.shape[1], math.prod(x.shape[2:]))
-    if residual is not None:
-        residual = residual.to(x.dtype).reshape(flat).contiguous()
-    mean, var = stats if stats is not None else (None, None)
     rows = x.reshape(flat)
+    if residual is not None:
+        residual = residual.to(x.dtype).reshape(flat)
     if transformed():
-        y, mean, var = reference.forward(rows, weight, bias, labels, residual, mean, var, spec)
-        return y.reshape(x.shape), mean.detach(), var.detach()
-    if rows.stride(2) != 1:
-        rows = rows.contiguous()
+        y, stats = reference.forward(rows, weight, bias, labels, residual, given, spec)
+        reference.update_running(running, stats)
+        return y.reshape(x.shape)
     backend = module_for(x)
-    if torch.compiler.is_compiling() and backend is not reference:
-        y, mean, var = ops.norm(rows, weight, bias, labels, residual, mean, var, *spec)
-    else:
-        y, mean, var = NormFunction.apply(
-            rows, weight, bias, residual, labels, mean, var, spec, backend
+    on_kernels = backend is not native and backend is not reference
+    in_place = on_kernels and _channels_last(rows)
+    if rows.stride(2) != 1 and not in_place:
+        rows = rows.contiguous()
+    if on_kernels:
+        weight, bias, labels = (
+            None if t is None else t.contiguous() for t in (weight, bias, labels)
         )
+    direct = None
+    if backend is native and labels is None:
+        direct = native.norm(rows, weight, bias, residual, given, spec, running is not None)
+    if direct is not None:
+        y, statistics = direct
+        if statistics is not None:
+            reference.update_running(running, statistics)
+    elif on_kernels and torch.compiler.is_compiling():
+        mean, var = given or (None, None)
+        y, stats = ops.norm(rows, weight, bias, labels, residual, mean, var, *spec)
+        reference.update_running(running, stats)
+    else:
+        moved = on_kernels and groups == 0 and x.dtype != torch.float64
+        fused = running if moved else None
+        y, stats = NormFunction.apply(
+            rows, weight, bias, residual, labels, given, fused, spec, backend
+        )
+        if fused is None:
+            reference.update_running(running, stats)
     y = y.view(x.shape)
-    if x.dim() == 4 and not x.is_contiguous():
+    if x.dim() == 4 and not in_place and not x.is_contiguous():
         y = y.contiguous(memory_format=_memory_format(x))
-    return y, mean, var
+    return y
+
+
+def _channels_last(rows: Tensor) -> bool:
+    """Whether (N, C, S) has its channels next to each other and no gaps."""
+    n, c, size = rows.shape
+    return rows.stride()[1:] == (1, c) and (n == 1 or rows.stride(0) == c * size)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if channels_last else torch.contiguous_format
-
-
-@torch.no_grad()
-def _update_running(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    count: int,
-    momentum: float,
-    var_estimator: str,
-) -> None:
-    """Move the running statistics (C,) towards the batch's; non-finite ones never enter."""
-    if var_estimator == "unbiased":
-        var = var * (count / max(count - 1, 1))
-    pairs = [
-        (running, new.to(running.dtype))
-        for running, new in ((running_mean, mean), (running_var, var))
-        if running is not None
-    ]
-    if pairs:
-        finite = torch.stack([new.isfinite() for _, new in pairs]).all(0)
-        for running, new in pairs:
-            running.lerp_(torch.where(finite, new, running), momentum)
 
 
 def _batch_norm(
@@ -122,14 +141,14 @@ def _batch_norm(
     op: str,
     degenerate: str,
     var_estimator: str,
-    **epilogue: object,
+    **epilogue: Any,
 ) -> Tensor:
     for name, t in (("running_mean", running_mean), ("running_var", running_var)):
         check_vector(t, name, x.shape[1], op)
         check_devices(x, op, **{name: t})
     for name, value, known in (
-        ("degenerate", degenerate, ("raise", "beta")),
-        ("var_estimator", var_estimator, ("unbiased", "biased")),
+        ("degenerate", degenerate, DEGENERATE),
+        ("var_estimator", var_estimator, VAR_ESTIMATORS),
     ):
         if value not in known:
             raise ValueError(f"{op}: {name}={value!r} is unknown; choose one of {known}")
@@ -140,7 +159,7 @@ def _batch_norm(
                 "training=True to use the batch's own statistics"
             )
         stats = (running_mean, running_var)
-        return _normalize(x, weight, bias, labels, stats, 0, eps, op, **epilogue)[0]  # type: ignore[arg-type]
+        return _normalize(x, weight, bias, labels, stats, 0, eps, op, **epilogue)
     count = x.numel() // max(x.shape[1], 1)
     if count == 1 and degenerate != "beta":
         raise ValueError(
@@ -148,10 +167,11 @@ def _batch_norm(
             "N*H*W = 1); use a larger batch or image or a norm with statistics inside the sample"
             ', or degenerate="beta" to get exactly the bias'
         )
-    y, mean, var = _normalize(x, weight, bias, labels, None, 0, eps, op, **epilogue)  # type: ignore[arg-type]
-    if count:
-        _update_running(running_mean, running_var, mean, var, count, momentum, var_estimator)
-    return y
+    running = None
+    if count and (running_mean is not None or running_var is not None):
+        bessel = count / max(count - 1, 1) if var_estimator == "unbiased" else 1.0
+        running = (running_mean, running_var, momentum, bessel)
+    return _normalize(x, weight, bias, labels, None, 0, eps, op, **epilogue, running=running)
 
 
 def batch_norm(
@@ -257,21 +277,21 @@ def instance_norm(
              "running_var": running_var}  # fmt: skip
     for name, t in named.items():
         check_vector(t, name, channels, op)
+    check_devices(input, op, **named)
     epilogue = (activation, negative_slope, residual, residual_after_activation)
     if not use_input_stats:
         if running_mean is None or running_var is None:
             raise ValueError(f"{op}: use_input_stats=False needs running_mean and running_var")
         stats = (running_mean, running_var)
-        return _normalize(input, _row(weight), _row(bias), None, stats, 0, eps, op, *epilogue)[0]
+        return _normalize(input, _row(weight), _row(bias), None, stats, 0, eps, op, *epilogue)
     check_plane(input, op)
-    y, mean, var = _normalize(
-        input, _row(weight), _row(bias), None, None, channels, eps, op, *epilogue
-    )
-    if running_mean is not None or running_var is not None:
+    running = None
+    if input.numel() and (running_mean is not None or running_var is not None):
         count = math.prod(input.shape[2:])
-        _update_running(running_mean, running_var, mean.mean(0), var.mean(0), count, momentum,
-                        "unbiased")  # fmt: skip
-    return y
+        running = (running_mean, running_var, momentum, count / (count - 1))
+    return _normalize(
+        input, _row(weight), _row(bias), None, None, channels, eps, op, *epilogue, running
+    )
 
 
 def conditional_instance_norm(
@@ -300,7 +320,7 @@ def conditional_instance_norm(
     return _normalize(
         input, weight, bias, labels, None, input.shape[1], eps, op, activation, negative_slope,
         residual, residual_after_activation,
-    )[0]  # fmt: skip
+    )  # fmt: skip
 
 
 def group_norm(
@@ -323,19 +343,18 @@ def group_norm(
     op = "group_norm"
     check_input(input, op)
     channels = input.shape[1]
-    if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"{op}: num_groups={num_groups} does not divide {channels} channels")
+    check_groups(num_groups, channels, op)
     for name, t in (("weight", weight), ("bias", bias)):
         check_vector(t, name, channels, op)
     return _normalize(
         input, _row(weight), _row(bias), None, None, num_groups, eps, op, activation,
         negative_slope, residual, residual_after_activation,
-    )[0]  # fmt: skip
+    )  # fmt: skip
 
 
 def layer_norm(
     input: Tensor,
-    normalized_shape: Sequence[int],
+    normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -347,20 +366,23 @@ def layer_norm(
     """
     op = "layer_norm"
     check_input(input, op, 1)
-    shape = tuple(normalized_shape)
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
         raise ValueError(
             f"{op}: normalized_shape={shape} must equal the last dimensions of the input, "
             f"whose shape is {tuple(input.shape)}"
         )
     for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and tuple(t.shape) != shape:
+        if t is None:
+            continue
+        check_floating(t, name, op)
+        if tuple(t.shape) != shape:
             raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(t.shape)}")
     # One group of `width` channels with one element each: the affine is then per element.
     width = math.prod(shape)
-    rows = input.reshape(-1, width)
+    rows = input.reshape(math.prod(input.shape[: -len(shape)]), width)
     weight, bias = (None if t is None else t.reshape(1, width) for t in (weight, bias))
-    y, _, _ = _normalize(rows, weight, bias, None, None, 1, eps, op, None, 0.0, None, False)
+    y = _normalize(rows, weight, bias, None, None, 1, eps, op, None, 0.0, None, False)
     return y.view(input.shape)
 
 
@@ -370,22 +392,21 @@ def moments(
     """Mean and biased variance over the dimensions `dim`, as TensorFlow's `tf.nn.moments`.
 
     `dim` counts as torch's: for a 4-D input (2, 3) is per plane, (0, 2, 3) per channel, 0 per
-    position. Computed in float32 (float64 for float64), returned in the input's dtype.
+    position. Computed in float32 (float64 for float64), returned in the input's dtype. Over no
+    values both are NaN, as torch's.
     """
     check_input(input, "moments", 1)
-    dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    dims = check_dims(dim, input, "moments")
     x = input.to(reference.stat_dtype(input.dtype))
-    first = x
-    for d in dims:
+    first = x.detach() if x.numel() else x.new_zeros(())
+    for d in dims if x.numel() else ():
         first = first.narrow(d, 0, 1)
-    shifted = x - first.detach()  # a constant then has exactly itself as mean, and variance 0
+    shifted = x - first  # a constant then has exactly itself as mean, and variance 0
     mean = shifted.mean(dims, keepdim=True)
     var = (shifted - mean).square().mean(dims, keepdim=True)
-    mean = mean + first.detach()
+    mean = mean + first
     if not keepdim:
-        keep = [d for d in range(x.dim()) if d not in {e % x.dim() for e in dims}]
-        shape = [x.shape[d] for d in keep]
-        mean, var = mean.reshape(shape), var.reshape(shape)
+        mean, var = mean.squeeze(dims), var.squeeze(dims)
     return mean.to(input.dtype), var.to(input.dtype)
 
 
@@ -401,7 +422,11 @@ def batch_normalization(
 
     TensorFlow's `tf.nn.batch_normalization`: statistics in, normalized values out.
     """
-    check_input(x, "batch_normalization", 0)
+    op = "batch_normalization"
+    check_input(x, op, 0)
+    affine = {name: t for name, t in (("offset", offset), ("scale", scale)) if t is not None}
+    check_broadcast(x, op, mean=mean, variance=variance, **affine)
+    check_devices(x, op, mean=mean, variance=variance, **affine)
     dtype = reference.stat_dtype(x.dtype)
     factor = (variance.to(dtype) + variance_epsilon).rsqrt()
     if scale is not None:

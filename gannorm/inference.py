@@ -19,7 +19,7 @@ from gannorm.trainer import pick_device
 CHUNK = 64  # samples generated at a time
 
 
-def load_task(path: Path, model: str) -> Task:
+def load_task(path: Path, model: str | None = None) -> Task:
     """The task of a checkpoint file or run folder, on the GPU if there is one.
 
     Raises:
@@ -28,7 +28,7 @@ def load_task(path: Path, model: str) -> Task:
     file = checkpoint.resolve(path)
     state = checkpoint.load(file)
     cfg = typed(OmegaConf.create(state["config"]))
-    if cfg.model.name != model:
+    if model is not None and cfg.model.name != model:
         raise RequestError(
             f"{file} holds a {cfg.model.name}, this command needs a {model}; "
             "sample is for class-conditional models, translate for image translation"
@@ -40,14 +40,25 @@ def load_task(path: Path, model: str) -> Task:
 
 
 @torch.no_grad()
-def sample(path: Path, label: int | None, count: int, seed: int, out: Path) -> None:
+def sample(
+    path: Path,
+    label: int | None,
+    count: int,
+    seed: int,
+    out: Path,
+    truncation: float | None = None,
+) -> None:
     """Write `count` PNG files `class{label}_seed{seed}_{number}.png` of class `label` into `out`.
 
     Without a label the classes take turns. The averaged generator is used. The same seed gives
     the same images, whatever `count` is.
 
+    truncation: noise from the part of the normal distribution within +-truncation: the smaller,
+        the more typical and the less varied the images (Brock et al., 2019).
+
     Raises:
-        RequestError: a class that the model does not have, or a count below 1.
+        RequestError: a class that the model does not have, a count below 1, or a truncation that
+            is not positive.
     """
     task = load_task(path, "resblock_gan")
     assert isinstance(task, ClassConditional)
@@ -56,6 +67,8 @@ def sample(path: Path, label: int | None, count: int, seed: int, out: Path) -> N
         raise RequestError(f"--class {label}: the model has classes 0 to {classes - 1}")
     if count < 1:
         raise RequestError(f"--count {count} must be at least 1")
+    if truncation is not None and not 0 < truncation < float("inf"):
+        raise RequestError(f"--truncation {truncation} must be positive, 0.5 for example")
     if not -(2**63) <= seed < 2**64:
         raise RequestError(f"--seed {seed} must fit into 64 bits")
     _make_folder(out)
@@ -65,6 +78,8 @@ def sample(path: Path, label: int | None, count: int, seed: int, out: Path) -> N
             numbers = torch.arange(start, start + CHUNK)
             labels = numbers % classes if label is None else torch.full((CHUNK,), label)
             noise = torch.randn(CHUNK, task.model.z_dim, generator=generator)
+            if truncation is not None:
+                torch.nn.init.trunc_normal_(noise, a=-truncation, b=truncation, generator=generator)
             images = task.averaged["G"](noise.to(task.device), labels.to(task.device))
             for number, image, k in zip(numbers.tolist(), images, labels.tolist(), strict=True):
                 if number < count:

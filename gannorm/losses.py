@@ -1,26 +1,110 @@
-"""Adversarial losses on discriminator logits, and the image pool."""
+"""Adversarial losses on discriminator logits, gradient penalties, and the image pool."""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from gannorm.config import LossConfig
+
+# Batches of images to as many tensors of logits.
+Judge = Callable[..., Sequence[Tensor]]
+
+# Without an absolute zero, real and fake are judged in pairs: by which logit is larger.
+PAIRED = ("wgan", "relativistic")
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
     """What the discriminator minimizes, given its logits for real and generated images.
 
     kind: "lsgan" (Mao et al., 2017): the mean of (real - 1)^2 and fake^2, halved as in CycleGAN;
-        "hinge" (Lim and Ye, 2017).
+        "hinge" (Lim and Ye, 2017);
+        "nonsaturating" (Goodfellow et al., 2014): cross-entropy;
+        "wgan" (Arjovsky et al., 2017): the difference of the means, for a penalized critic;
+        "relativistic" (Jolicoeur-Martineau, 2019; Huang et al., 2024): softplus(fake - real) of
+        pairs: sample i, at each place of its logits, with sample i.
     """
     real, fake = real.float(), fake.float()
     if kind == "lsgan":
         return 0.5 * ((real - 1).square().mean() + fake.square().mean())
-    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+    if kind == "hinge":
+        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+    if kind == "nonsaturating":
+        return F.softplus(-real).mean() + F.softplus(fake).mean()
+    if kind == "wgan":
+        return fake.mean() - real.mean()
+    return F.softplus(fake - real).mean()
 
 
-def generator_loss(fake: Tensor, kind: str) -> Tensor:
-    """What the generator minimizes, given the discriminator's logits for its images."""
+def generator_loss(fake: Tensor, kind: str, real: Tensor | None = None) -> Tensor:
+    """What the generator minimizes, given the discriminator's logits for its images.
+
+    real: logits for as many real images; "relativistic" alone needs them.
+    """
     fake = fake.float()
-    return (fake - 1).square().mean() if kind == "lsgan" else -fake.mean()
+    if kind == "relativistic":
+        assert real is not None
+        return F.softplus(real.float() - fake).mean()
+    if kind == "lsgan":
+        return (fake - 1).square().mean()
+    if kind == "nonsaturating":
+        return F.softplus(-fake).mean()
+    return -fake.mean()
+
+
+def judged_right(real: Tensor, fake: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """The shares of real and of fake logits on their own side; of pairs in order where PAIRED."""
+    if kind in PAIRED:
+        pairs = (real > fake).float().mean()
+        return pairs, pairs
+    middle = 0.5 if kind == "lsgan" else 0.0
+    return (real > middle).float().mean(), (fake < middle).float().mean()
+
+
+def input_gradients(logits: Sequence[Tensor], images: Sequence[Tensor]) -> list[Tensor]:
+    """dD(x)/dx of each sample x, (N, C*H*W) for each batch (N, C, H, W); differentiable.
+
+    D(x) is the mean of a sample's logits, so that the size of a logit map does not matter.
+    """
+    scores = [each.float().reshape(len(each), -1).mean(1).sum() for each in logits]
+    gradients = torch.autograd.grad(scores, images, create_graph=True)
+    return [gradient.flatten(1) for gradient in gradients]
+
+
+def is_penalized(cfg: LossConfig) -> bool:
+    return max(cfg.r1, cfg.r2, cfg.gradient_penalty) > 0
+
+
+def discriminator_objective(
+    judge: Judge, real: Tensor, fake: Tensor, cfg: LossConfig
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """The discriminator's loss, its penalty, and the logits for `real` and `fake` (N, C, H, W).
+
+    judge: with penalties, a sample's logits must depend on that sample alone, and this must run
+        outside of autocast: they are float32.
+
+    Penalties: r1/2 * E||dD(x)/dx||^2 on real images, r2/2 on generated ones (Mescheder et al.,
+    2018), and gradient_penalty * E(||dD(x)/dx|| - 1)^2 between them (Gulrajani et al., 2017).
+    """
+    real, fake = real.detach().float(), fake.detach().float()
+    weights = ((cfg.r1, real), (cfg.r2, fake))
+    for weight, images in weights:
+        images.requires_grad_(weight > 0)
+    logits = judge(real, fake)
+    penalty = torch.zeros((), device=real.device)
+    wanted = [(w, z, x) for (w, x), z in zip(weights, logits, strict=True) if w > 0]
+    if wanted:
+        factors, outputs, inputs = zip(*wanted, strict=True)
+        for weight, gradient in zip(factors, input_gradients(outputs, inputs), strict=True):
+            penalty = penalty + weight / 2 * gradient.square().sum(1).mean()
+    if cfg.gradient_penalty > 0:
+        share = torch.rand(len(real), 1, 1, 1, device=real.device)
+        between = torch.lerp(fake.detach(), real.detach(), share).requires_grad_()
+        (gradient,) = input_gradients(judge(between), [between])
+        penalty = penalty + cfg.gradient_penalty * (gradient.norm(dim=1) - 1).square().mean()
+    loss = discriminator_loss(logits[0], logits[1], cfg.gan.name)
+    return loss, penalty, (logits[0], logits[1])
 
 
 class ImagePool:

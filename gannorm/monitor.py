@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,15 +28,15 @@ class Monitor:
         purge = start_step + 1 if start_step else None
         self.writer = SummaryWriter(str(run_dir), purge_step=purge, flush_secs=10)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl and as many TensorBoard scalars."""
+    def scalars(self, step: int, values: dict[str, float], **notes: Any) -> None:
+        """One line of metrics.jsonl, with `notes` beside, and as many TensorBoard scalars."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.write(json.dumps({"step": step, **values, **notes}) + "\n")
         self.file.flush()
 
-    def text(self, name: str, markdown: str) -> None:
-        self.writer.add_text(name, markdown)
+    def text(self, name: str, markdown: str, step: int | None = None) -> None:
+        self.writer.add_text(name, markdown, step)
 
     def images(self, step: int, samples: dict[str, tuple[Tensor, int]]) -> Path:
         """Each batch as a grid in TensorBoard, all of them side by side in one PNG: its path."""

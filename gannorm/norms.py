@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gannorm import functional as F
+from gannorm.checks import check_groups, check_layer_input
 from gannorm.config import (
     BatchNormConfig,
     GroupNormConfig,
@@ -23,52 +24,21 @@ from gannorm.config import (
     NoNormConfig,
     NormConfig,
 )
+from gannorm.layers import BatchLayer, Epilogue, NoNorm, NormLayer
 
 CONDITIONAL = ("conditional_batch", "conditional_instance")
+Device = torch.device | str | int | None
 
 
-@dataclass(frozen=True)
-class _Epilogue:
-    """What happens behind the affine, fixed per layer."""
-
-    activation: str | None
-    negative_slope: float
-    residual_after_activation: bool
-
-    def kwargs(self, residual: Tensor | None) -> dict[str, Any]:
-        return {**self.__dict__, "residual": residual}
-
-    def __str__(self) -> str:
-        slope = f"({self.negative_slope})" if self.activation == "leaky_relu" else ""
-        return f", activation={self.activation}{slope}" if self.activation else ""
-
-
-def _table(rows: tuple[int, ...], affine: bool) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-    if not affine:
-        return None, None
-    return nn.Parameter(torch.empty(rows)), nn.Parameter(torch.empty(rows))
-
-
-class _EpilogueMixin(nn.Module):
-    epilogue: _Epilogue
-
-    def fuse(self, activation: str, negative_slope: float) -> None:
-        """Apply `activation` behind the norm from now on."""
-        after = self.epilogue.residual_after_activation
-        self.epilogue = _Epilogue(activation, negative_slope, after)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + str(self.epilogue)
-
-
-class InstanceNorm2d(_EpilogueMixin, nn.InstanceNorm2d):
+class InstanceNorm2d(NormLayer, nn.InstanceNorm2d):
     """`torch.nn.InstanceNorm2d` with an epilogue: same arguments, same state_dict.
 
     Args:
         activation: None, "relu", "leaky_relu" (slope `negative_slope`) or "silu".
         residual_after_activation: add `residual` behind the activation, not before it.
+        weight_init: mean and standard deviation of the weight at the start; None: all 1.
 
-    Shapes: input and residual (N, C, H, W); output the same.
+    Shapes: input and residual (N, C, H, W) or (C, H, W); output the same.
     """
 
     def __init__(
@@ -78,62 +48,89 @@ class InstanceNorm2d(_EpilogueMixin, nn.InstanceNorm2d):
         momentum: float = 0.1,
         affine: bool = False,
         track_running_stats: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         activation: str | None = None,
         negative_slope: float = 0.2,
         residual_after_activation: bool = False,
+        weight_init: tuple[float, float] | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats)
-        self.epilogue = _Epilogue(activation, negative_slope, residual_after_activation)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        epilogue = Epilogue(activation, negative_slope, residual_after_activation)
+        self._extend(epilogue, weight_init, bias)
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        _check_channels(input, self.num_features, self)
-        return F.instance_norm(
+        check_layer_input(input, self, self.num_features, ("NCHW", "CHW"))
+        unbatched = input.dim() == 3
+        if unbatched:
+            input = input.unsqueeze(0)
+            residual = None if residual is None else residual.unsqueeze(0)
+        y = F.instance_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias,
             self.training or not self.track_running_stats, self.momentum or 0.0, self.eps,
             **self.epilogue.kwargs(residual),
         )  # fmt: skip
+        return y.squeeze(0) if unbatched else y
 
 
-class BatchNorm2d(_EpilogueMixin, nn.BatchNorm2d):
+class BatchNorm2d(BatchLayer, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` with an epilogue: same arguments, same state_dict.
 
     Args:
         var_estimator: running variance "unbiased" (torch) or "biased" (TensorFlow).
         degenerate: one value per channel in training: "raise", or "beta" for exactly the bias.
-        activation, negative_slope, residual_after_activation: as in `InstanceNorm2d`.
+        activation, negative_slope, residual_after_activation, weight_init: as in `InstanceNorm2d`.
+
+    Shapes: input and residual (N, C, H, W); output the same.
     """
 
     def __init__(
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         activation: str | None = None,
         negative_slope: float = 0.2,
         residual_after_activation: bool = False,
+        weight_init: tuple[float, float] | None = None,
         var_estimator: str = "unbiased",
         degenerate: str = "raise",
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats)
-        self.epilogue = _Epilogue(activation, negative_slope, residual_after_activation)
-        self.var_estimator, self.degenerate = var_estimator, degenerate
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        epilogue = Epilogue(activation, negative_slope, residual_after_activation)
+        self._extend(epilogue, weight_init, bias)
+        self._extend_batch(var_estimator, degenerate)
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        _check_channels(input, self.num_features, self)
-        training, momentum = _begin_batch(self)
-        return F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias,
-            training, momentum, self.eps, degenerate=self.degenerate,
-            var_estimator=self.var_estimator, **self.epilogue.kwargs(residual),
-        )  # fmt: skip
+        check_layer_input(input, self, self.num_features, ("NCHW",))
+
+        def run(mean: Tensor | None, var: Tensor | None, training: bool, momentum: float) -> Tensor:
+            return F.batch_norm(
+                input, mean, var, self.weight, self.bias, training, momentum, self.eps,
+                degenerate=self.degenerate, var_estimator=self.var_estimator,
+                **self.epilogue.kwargs(residual),
+            )  # fmt: skip
+
+        return self._on_running_stats(input, run)
 
 
-class GroupNorm(_EpilogueMixin, nn.GroupNorm):
-    """`torch.nn.GroupNorm` with an epilogue: same arguments, same state_dict."""
+class GroupNorm(NormLayer, nn.GroupNorm):
+    """`torch.nn.GroupNorm` with an epilogue: same arguments, same state_dict.
+
+    Args:
+        num_groups: must divide `num_channels`.
+        activation, negative_slope, residual_after_activation, weight_init: as in `InstanceNorm2d`.
+
+    Shapes: input and residual (N, C, ...); output the same.
+    """
 
     def __init__(
         self,
@@ -141,16 +138,22 @@ class GroupNorm(_EpilogueMixin, nn.GroupNorm):
         num_channels: int,
         eps: float = 1e-5,
         affine: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         activation: str | None = None,
         negative_slope: float = 0.2,
         residual_after_activation: bool = False,
+        weight_init: tuple[float, float] | None = None,
     ) -> None:
-        super().__init__(num_groups, num_channels, eps, affine)
-        self.epilogue = _Epilogue(activation, negative_slope, residual_after_activation)
+        check_groups(num_groups, num_channels, type(self).__name__)
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+        epilogue = Epilogue(activation, negative_slope, residual_after_activation)
+        self._extend(epilogue, weight_init, bias)
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        _check_channels(input, self.num_channels, self)
+        check_layer_input(input, self, self.num_channels, ("NC...",))
         return F.group_norm(
             input, self.num_groups, self.weight, self.bias, self.eps,
             **self.epilogue.kwargs(residual),
@@ -160,22 +163,41 @@ class GroupNorm(_EpilogueMixin, nn.GroupNorm):
 class LayerNorm2d(GroupNorm):
     """Layer norm over (C, H, W) with an affine per channel: group norm with one group.
 
-    Keys `weight` and `bias`, each (C,).
+    Arguments and shapes as in `GroupNorm`; keys `weight` and `bias`, each (C,).
     """
 
-    def __init__(self, num_channels: int, eps: float = 1e-5, affine: bool = True, **epilogue: Any):
-        super().__init__(1, num_channels, eps, affine, **epilogue)
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        negative_slope: float = 0.2,
+        residual_after_activation: bool = False,
+        weight_init: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__(
+            1, num_channels, eps, affine, device, dtype, bias=bias, activation=activation,
+            negative_slope=negative_slope, residual_after_activation=residual_after_activation,
+            weight_init=weight_init,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return super().extra_repr().removeprefix("1, ")
 
 
-class _ConditionalNorm(_EpilogueMixin):
+class _ConditionalNorm(NormLayer):
     """An affine table (num_classes, C) in the place of an affine."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter
+    weight_init = (1.0, 0.0)
 
     def __init__(
-        self, num_features: int, num_classes: int, eps: float, weight_init: tuple[float, float],
-        epilogue: _Epilogue,
+        self, num_features: int, num_classes: int, eps: float, device: Device,
+        dtype: torch.dtype | None,
     ) -> None:  # fmt: skip
         super().__init__()
         if num_features < 1 or num_classes < 1:
@@ -183,17 +205,13 @@ class _ConditionalNorm(_EpilogueMixin):
                 f"num_features and num_classes must be positive, got {num_features}, {num_classes}"
             )
         self.num_features, self.num_classes, self.eps = num_features, num_classes, eps
-        self.weight_init, self.epilogue = weight_init, epilogue
-        self.weight = nn.Parameter(torch.empty(num_classes, num_features))
-        self.bias = nn.Parameter(torch.empty(num_classes, num_features))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, *self.weight_init)
-        nn.init.zeros_(self.bias)
+        rows = (num_classes, num_features)
+        self.weight = nn.Parameter(torch.empty(rows, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype))
 
     def extra_repr(self) -> str:
-        return f"{self.num_features}, num_classes={self.num_classes}, eps={self.eps}{self.epilogue}"
+        shown = f"{self.num_features}, num_classes={self.num_classes}, eps={self.eps}"
+        return shown + self._settings()
 
 
 class ConditionalInstanceNorm2d(_ConditionalNorm):
@@ -211,23 +229,26 @@ class ConditionalInstanceNorm2d(_ConditionalNorm):
         num_features: int,
         num_classes: int,
         eps: float = 1e-5,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         activation: str | None = None,
         negative_slope: float = 0.2,
         residual_after_activation: bool = False,
         weight_init: tuple[float, float] = (1.0, 0.0),
     ) -> None:
-        epilogue = _Epilogue(activation, negative_slope, residual_after_activation)
-        super().__init__(num_features, num_classes, eps, weight_init, epilogue)
+        super().__init__(num_features, num_classes, eps, device, dtype)
+        epilogue = Epilogue(activation, negative_slope, residual_after_activation)
+        self._extend(epilogue, weight_init)
 
     def forward(self, input: Tensor, labels: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        _check_channels(input, self.num_features, self)
+        check_layer_input(input, self, self.num_features, ("NCHW",))
         return F.conditional_instance_norm(
             input, labels, self.weight, self.bias, self.eps, **self.epilogue.kwargs(residual)
         )
 
 
-class ConditionalBatchNorm2d(_ConditionalNorm):
+class ConditionalBatchNorm2d(_ConditionalNorm, BatchLayer):
     """Batch norm with the weight and bias of the sample's class (de Vries et al., 2017).
 
     Args:
@@ -238,10 +259,6 @@ class ConditionalBatchNorm2d(_ConditionalNorm):
     Shapes: input (N, C, H, W), labels (N,) int64; weight and bias (num_classes, C).
     """
 
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
-
     def __init__(
         self,
         num_features: int,
@@ -249,6 +266,8 @@ class ConditionalBatchNorm2d(_ConditionalNorm):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         track_running_stats: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         activation: str | None = None,
         negative_slope: float = 0.2,
@@ -257,64 +276,32 @@ class ConditionalBatchNorm2d(_ConditionalNorm):
         var_estimator: str = "unbiased",
         degenerate: str = "raise",
     ) -> None:
-        epilogue = _Epilogue(activation, negative_slope, residual_after_activation)
-        super().__init__(num_features, num_classes, eps, weight_init, epilogue)
+        super().__init__(num_features, num_classes, eps, device, dtype)
         self.momentum, self.track_running_stats = momentum, track_running_stats
-        self.var_estimator, self.degenerate = var_estimator, degenerate
-        tracked = track_running_stats
-        self.register_buffer("running_mean", torch.zeros(num_features) if tracked else None)
-        self.register_buffer("running_var", torch.ones(num_features) if tracked else None)
-        self.register_buffer("num_batches_tracked", torch.tensor(0) if tracked else None)
+        for name in ("running_mean", "running_var"):
+            buffer = torch.empty(num_features, device=device, dtype=dtype)
+            self.register_buffer(name, buffer if track_running_stats else None)
+        count = torch.empty((), dtype=torch.long, device=device)
+        self.register_buffer("num_batches_tracked", count if track_running_stats else None)
+        epilogue = Epilogue(activation, negative_slope, residual_after_activation)
+        self._extend(epilogue, weight_init)
+        self._extend_batch(var_estimator, degenerate)
 
     def forward(self, input: Tensor, labels: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        _check_channels(input, self.num_features, self)
-        training, momentum = _begin_batch(self)
-        return F.conditional_batch_norm(
-            input, labels, self.running_mean, self.running_var, self.weight, self.bias,
-            training, momentum, self.eps, degenerate=self.degenerate,
-            var_estimator=self.var_estimator, **self.epilogue.kwargs(residual),
-        )  # fmt: skip
+        check_layer_input(input, self, self.num_features, ("NCHW",))
 
+        def run(mean: Tensor | None, var: Tensor | None, training: bool, momentum: float) -> Tensor:
+            return F.conditional_batch_norm(
+                input, labels, mean, var, self.weight, self.bias, training, momentum, self.eps,
+                degenerate=self.degenerate, var_estimator=self.var_estimator,
+                **self.epilogue.kwargs(residual),
+            )  # fmt: skip
 
-def _begin_batch(norm: BatchNorm2d | ConditionalBatchNorm2d) -> tuple[bool, float]:
-    """Whether to use the batch's statistics, and the momentum; counts the batch in training."""
-    training = norm.training or norm.running_mean is None
-    momentum = norm.momentum
-    if norm.training and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    return training, momentum or 0.0
-
-
-def _check_channels(x: Tensor, channels: int, layer: nn.Module) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"{layer} takes (N, C, H, W), got shape {tuple(x.shape)}")
-    if x.shape[1] != channels:
-        raise ValueError(f"{layer} takes {channels} channels, got shape {tuple(x.shape)}")
-
-
-class NoNorm(nn.Module):
-    """No normalization, only the epilogue: what `norm=none` puts in a norm's place."""
-
-    def __init__(self, activation: str | None, negative_slope: float, after: bool) -> None:
-        super().__init__()
-        self.epilogue = _Epilogue(activation, negative_slope, after)
-
-    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        after = self.epilogue.residual_after_activation
-        y = input if residual is None or after else input + residual
-        if self.epilogue.activation is not None:
-            slope = self.epilogue.negative_slope
-            y = {
-                "relu": nn.functional.relu,
-                "leaky_relu": lambda t: nn.functional.leaky_relu(t, slope),
-                "silu": nn.functional.silu,
-            }[self.epilogue.activation](y)
-        return y + residual if residual is not None and after else y
+        return self._on_running_stats(input, run)
 
     def extra_repr(self) -> str:
-        return str(self.epilogue).removeprefix(", ")
+        shown = f", momentum={self.momentum}, track_running_stats={self.track_running_stats}"
+        return super().extra_repr().replace(f"eps={self.eps}", f"eps={self.eps}{shown}", 1)
 
 
 @dataclass(frozen=True)

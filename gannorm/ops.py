@@ -2,7 +2,7 @@
 
 Eager calls do not come here: an operator's dispatch costs more than the kernel's launch. On the
 torch backend the compiler traces the torch ops themselves. Compiled code is differentiable once,
-as all of torch.compile's is; eager code any number of times (`gannorm.autograd`).
+as all of torch.compile's is; eager code twice or more (`gannorm.autograd`, `gannorm.native`).
 """
 
 from typing import Any
@@ -27,23 +27,25 @@ def norm(
     activation: str | None,
     negative_slope: float,
     residual_after_activation: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`kernels.forward`: y, mean, variance; given statistics come back as copies."""
+) -> tuple[Tensor, Tensor]:
+    """`kernels.forward`: y and the statistics."""
     from gannorm import kernels
 
     spec = NormSpec(groups, eps, activation, negative_slope, residual_after_activation)
-    y, m, v = kernels.forward(x, weight, bias, labels, residual, mean, var, spec)
-    return (y, m, v) if mean is None else (y, m.clone(), v.clone())
+    given = None if mean is None or var is None else (mean, var)
+    return kernels.forward(x, weight, bias, labels, residual, given, spec)
 
 
 @norm.register_fake
 def _(x, weight, bias, labels, residual, mean, var, groups, *_):
-    y = x.new_empty(x.shape)
-    if mean is not None:
-        return y, torch.empty_like(mean), torch.empty_like(var)
-    shape = (x.shape[0], groups) if groups else (x.shape[1],)
-    stats = (x.new_empty(shape, dtype=stat_dtype(x.dtype)) for _ in range(2))
-    return y, *stats
+    shape = (4, x.shape[0], groups) if groups else (4, x.shape[1])
+    return _like(x), x.new_empty(shape, dtype=stat_dtype(x.dtype))
+
+
+def _like(x: Tensor) -> Tensor:
+    from gannorm.kernels.launch import dense_strides
+
+    return x.new_empty_strided(x.shape, dense_strides(x))
 
 
 @library.custom_op("gannorm::norm_backward", mutates_args=())
@@ -54,38 +56,35 @@ def norm_backward(
     bias: Tensor | None,
     labels: Tensor | None,
     residual: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
+    stats: Tensor,
     groups: int,
     eps: float,
     activation: str | None,
     negative_slope: float,
-    given_stats: bool,
+    given: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`kernels.backward`: dx, dweight, dbias, dresidual; empty where there is none."""
     from gannorm import kernels
 
     spec = NormSpec(groups, eps, activation, negative_slope)
-    grads = kernels.backward(
-        dy.contiguous(), x, weight, bias, labels, residual, mean, var, spec, given_stats, True
-    )
+    grads = kernels.backward(dy, x, weight, bias, labels, residual, stats, spec, given, True)
     dx, dweight, dbias, dresidual = (x.new_empty(0) if g is None else g for g in grads)
     return dx, dweight, dbias, dresidual
 
 
 @norm_backward.register_fake
 def _(dy, x, weight, bias, labels, residual, *_):
-    like = (x, weight, bias, residual)
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in like)
+    tables = (x.new_empty(0) if t is None else torch.empty_like(t) for t in (weight, bias))
+    return _like(x), *tables, x.new_empty(0) if residual is None else _like(x)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, labels, residual, mean, _, groups, eps, activation, slope, after = inputs
     ctx.folded = activation is not None and not after
-    ctx.has_residual, ctx.given_stats = residual is not None, mean is not None
+    ctx.has_residual = residual is not None
     ctx.constants = (groups, eps, activation, slope, mean is not None)
     inner = residual if ctx.folded else None
-    ctx.save_for_backward(x, weight, bias, labels, inner, output[1], output[2])
+    ctx.save_for_backward(x, weight, bias, labels, inner, output[1])
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

@@ -43,12 +43,7 @@ def _per_channel(stat: Tensor, n: int, c: int, groups: int) -> Tensor:
     return stat.view(n, groups, 1).expand(n, groups, c // groups).reshape(n, c, 1)
 
 
-def _rstd(var: Tensor, dtype: torch.dtype, n: int, c: int, spec: NormSpec) -> Tensor:
-    """1 / sqrt(var + eps), (N, C, 1) or (1, C, 1), rounded once."""
-    return _per_channel((var.double() + spec.eps).rsqrt().to(dtype), n, c, spec.groups)
-
-
-def _rows(table: Tensor | None, labels: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def table_rows(table: Tensor | None, labels: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The affine table (K, C) as (N, C, 1), or (1, C, 1) when all samples share its one row."""
     if table is None:
         return None
@@ -62,31 +57,42 @@ def _set_mean(planes: Tensor, groups: int) -> Tensor:
     return planes.mean(0) if groups == 0 else planes.view(n, groups, c // groups).mean(2)
 
 
-def moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean, biased variance and the mean's rounding error of every set, and x minus the mean.
+def statistics(x: Tensor, spec: NormSpec) -> tuple[Tensor, Tensor]:
+    """Every set's mean, its rounding error, rstd and biased variance; and x minus the mean.
 
-    x: (N, C, S) in the statistics dtype. Returns (C,) or (N, groups), three times, and (N, C, S).
-    The true mean is mean + error (Knuth's TwoSum): far from 0 the error is all that a rounded
-    mean gets wrong.
+    x: (N, C, S) in the statistics dtype. Returns (4, C) or (4, N, groups), and (N, C, S). The true
+    mean is mean + error (Knuth's TwoSum): far from 0 the error is all that a rounded mean gets
+    wrong. Squares that float32 cannot hold are taken at 2^-80, so that the scale is right wherever
+    the input is; their variance itself is infinite.
     """
     n, c, s = x.shape
+    groups = spec.groups
     if x.numel() == 0:
-        zeros = x.new_zeros((c,) if groups == 0 else (n, groups))
-        return zeros, zeros, zeros, x
-    inplace = not torch.is_grad_enabled()
+        return x.new_zeros((4, c) if groups == 0 else (4, n, groups)), x
     first = (x[0, :, 0] if groups == 0 else x[:, :: c // groups, 0]).detach()
     centred = x - _per_channel(first, n, c, groups)
     offset = _set_mean(centred.mean(2), groups)
     mean = first + offset
     part = mean - first
     error = ((first - (mean - part)) + (offset - part)).detach()
-    if inplace:  # vector_norm reads once and needs no temporary
-        torch.sub(x, _per_channel(mean, n, c, groups), out=centred)
-        power = torch.linalg.vector_norm(centred, dim=2).square_().div_(s)
-    else:
+    if torch.is_grad_enabled():
         centred = x - _per_channel(mean, n, c, groups)
-        power = centred.square().mean(2)
-    return mean, _set_mean(power, groups) - error.square(), error, centred
+    else:
+        torch.sub(x, _per_channel(mean, n, c, groups), out=centred)
+    dims = (0, 2) if groups == 0 else (2,)
+    power = centred.detach().abs().amax(dims)
+    if groups:
+        power = power.view(n, groups, -1).amax(2)
+    unit = torch.where(power > 2.0**60, 2.0**-80, 1.0) if x.dtype == torch.float32 else None
+    if unit is None:
+        var = _set_mean(centred.square().mean(2), groups) - error.square()
+        rstd = (var + spec.eps).rsqrt()
+    else:
+        small = centred * _per_channel(unit, n, c, groups)
+        scaled = _set_mean(small.square().mean(2), groups) - (error * unit).square()
+        rstd = ((scaled.double() + spec.eps * unit.double().square()).rsqrt() * unit).to(x.dtype)
+        var = scaled / unit / unit
+    return torch.stack((mean, error, rstd, var)), centred
 
 
 def _activate(y: Tensor, spec: NormSpec) -> Tensor:
@@ -106,25 +112,27 @@ def forward(
     bias: Tensor | None,  # (K, C)
     labels: Tensor | None,  # (N,), or None: row 0 for all
     residual: Tensor | None,  # (N, C, S)
-    mean: Tensor | None,  # given statistics (C,): evaluation mode
-    var: Tensor | None,
+    given: tuple[Tensor, Tensor] | None,  # mean and variance (C,): evaluation mode
     spec: NormSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (N, C, S) in x's dtype, and the mean and biased variance that were used."""
+) -> tuple[Tensor, Tensor]:
+    """y (N, C, S) in x's dtype, and the statistics that were used (see `statistics`)."""
     n, c, _ = x.shape
     dtype = stat_dtype(x.dtype)
     inplace = not torch.is_grad_enabled()
     wide = x.to(dtype)
-    if mean is None or var is None:
-        mean, var, error, y = moments(wide, spec.groups)
+    if given is None:
+        stats, y = statistics(wide, spec)
     else:
-        y, error = wide - mean.to(dtype).view(1, c, 1), None
-    scale = _rstd(var, dtype, n, c, spec)
-    gain, shift = _rows(weight, labels, dtype), _rows(bias, labels, dtype)
+        mean, var = (t.to(dtype) for t in given)
+        rstd = (var.double() + spec.eps).rsqrt().to(dtype)
+        stats = torch.stack((mean, torch.zeros_like(mean), rstd, var))
+        y = wide - mean.view(1, c, 1)
+    scale = _per_channel(stats[2], n, c, spec.groups)
+    gain, shift = table_rows(weight, labels, dtype), table_rows(bias, labels, dtype)
     if gain is not None:
         scale = scale * gain
-    if error is not None:  # too small to cancel, so it may go into the bias
-        correction = _per_channel(error, n, c, spec.groups) * scale
+    if given is None:  # the mean's error is too small to cancel, so it may go into the bias
+        correction = _per_channel(stats[1].detach(), n, c, spec.groups) * scale
         shift = -correction if shift is None else shift - correction
     if shift is None:
         y = y.mul_(scale) if inplace else y * scale
@@ -132,21 +140,29 @@ def forward(
         torch.addcmul(shift, y, scale, out=y)
     else:
         y = torch.addcmul(shift, y, scale)
+    return finish(y, residual, spec).to(x.dtype), stats
+
+
+def finish(y: Tensor, residual: Tensor | None, spec: NormSpec) -> Tensor:
+    """The epilogue behind the affine; in place where gradients are not recorded."""
+    inplace = not torch.is_grad_enabled()
     if residual is not None and not spec.residual_after_activation:
-        y = y.add_(residual) if inplace else y + residual.to(dtype)
+        y = y.add_(residual) if inplace else y + residual.to(y.dtype)
     y = _activate(y, spec)
     if residual is not None and spec.residual_after_activation:
-        y = y.add_(residual) if inplace else y + residual.to(dtype)
-    return y.to(x.dtype), mean, var
+        y = y.add_(residual) if inplace else y + residual.to(y.dtype)
+    return y
 
 
-def _activation_grad(dy: Tensor, pre: Tensor, spec: NormSpec) -> Tensor:
-    """dy times the activation's derivative at `pre`; overwrites `pre`."""
+def activation_grad(dy: Tensor, pre: Tensor, spec: NormSpec) -> Tensor:
+    """dy times the activation's derivative at `pre`, written over `pre`."""
+    aten = torch.ops.aten
     if spec.activation == "relu":
-        return torch.ops.aten.threshold_backward(dy, pre, 0)
+        return aten.threshold_backward.grad_input(dy, pre, 0, grad_input=pre)
     if spec.activation == "leaky_relu":
-        return torch.ops.aten.leaky_relu_backward(dy, pre, spec.negative_slope, False)
-    return torch.ops.aten.silu_backward(dy, pre)
+        slope = spec.negative_slope
+        return aten.leaky_relu_backward.grad_input(dy, pre, slope, False, grad_input=pre)
+    return aten.silu_backward.grad_input(dy, pre, grad_input=pre)
 
 
 def backward(
@@ -156,10 +172,9 @@ def backward(
     bias: Tensor | None,
     labels: Tensor | None,
     residual: Tensor | None,  # only where the activation's derivative depends on it
-    mean: Tensor,
-    var: Tensor,
+    stats: Tensor,  # as `forward` returned them
     spec: NormSpec,
-    given_stats: bool,
+    given: bool,  # the statistics were
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """(dx, dweight, dbias, g): g is dy behind the activation, the gradient of an inner residual.
@@ -168,24 +183,24 @@ def backward(
     """
     n, c, s = x.shape
     dtype = stat_dtype(x.dtype)
-    rstd = _rstd(var, dtype, n, c, spec)
-    x_hat = (x.to(dtype) - _per_channel(mean.to(dtype), n, c, spec.groups)).mul_(rstd)
-    gain, shift = _rows(weight, labels, dtype), _rows(bias, labels, dtype)
+    mean, error, rstd = (_per_channel(t, n, c, spec.groups) for t in stats[:3])
+    x_hat = (x.to(dtype) - mean).sub_(error).mul_(rstd)
+    gain, shift = table_rows(weight, labels, dtype), table_rows(bias, labels, dtype)
     g = dy.to(dtype)
     if spec.activation is not None:
-        pre = x_hat if gain is None else x_hat * gain
+        pre = x_hat.clone() if gain is None else x_hat * gain
         if shift is not None:
             pre = pre + shift
         if residual is not None:
             pre = pre + residual
-        g = _activation_grad(g, pre, spec)
+        g = activation_grad(g, pre, spec)
     # One reduction serves dx, dweight and dbias: sum(g) and sum(g * x_hat) per plane, (N, C).
     g_sum = g.sum(2)
     gx_sum = (g * x_hat).sum(2)
     dx = None
     if need_dx:
         scale = rstd if gain is None else rstd * gain
-        if given_stats:
+        if given:
             dx = (g * scale).to(x.dtype)
         else:
             row = None if gain is None else gain.squeeze(-1)
@@ -196,6 +211,27 @@ def backward(
     dweight = table_grad(gx_sum, weight, labels)
     dbias = table_grad(g_sum, bias, labels)
     return dx, dweight, dbias, g.to(dy.dtype)
+
+
+@torch.no_grad()
+def update_running(
+    running: tuple[Tensor | None, Tensor | None, float, float] | None, stats: Tensor
+) -> None:
+    """Move the running statistics (C,) towards the batch's; non-finite ones never enter."""
+    if running is None:
+        return
+    *buffers, momentum, bessel = running
+    mean, _, _, var = stats.detach()
+    if mean.dim() == 2:  # (N, C): every sample's own
+        mean, var = mean.mean(0), var.mean(0)
+    pairs = [
+        (buffer, new.to(buffer.dtype))
+        for buffer, new in zip(buffers, (mean, var * bessel), strict=True)
+        if buffer is not None
+    ]
+    finite = torch.stack([new.isfinite() for _, new in pairs]).all(0)
+    for buffer, new in pairs:
+        buffer.lerp_(torch.where(finite, new, buffer), momentum)
 
 
 def table_grad(sums: Tensor, table: Tensor | None, labels: Tensor | None) -> Tensor | None:

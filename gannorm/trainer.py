@@ -6,7 +6,9 @@ import os
 import platform
 import random
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,14 @@ from tqdm import tqdm
 import gannorm
 from gannorm import checkpoint
 from gannorm.config import Config, typed
-from gannorm.data import Data, batches, build_data
+from gannorm.data import Batch, Data, batches, build_data
+from gannorm.diagnostics import Watch, balance_faults, first_nonfinite
 from gannorm.errors import RequestError
+from gannorm.metrics.best import Best, average, unmeasured
 from gannorm.monitor import Monitor
 from gannorm.tasks import Task, build_task
+
+BEST = Path("checkpoints") / "best.pt"
 
 
 @dataclass
@@ -30,24 +36,50 @@ class Run:
 
     task: Task
     config: dict[str, Any]
+    watch: Watch = field(default_factory=Watch)
     step: int = 0
     seconds: float = 0.0  # spent in training steps, over all resumes
+    evaluation_seconds: float = 0.0
+    best: Best = field(default_factory=Best)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "seconds": self.seconds,
+            "evaluation_seconds": self.evaluation_seconds,
+            "best": asdict(self.best),
             "config": self.config,
             "num_classes": self.task.num_classes,
             "task": self.task.state_dict(),
+            "watch": self.watch.state_dict(),
             "rng": checkpoint.rng_state(),
             "versions": versions(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.seconds = state["step"], state["seconds"]
+        self.evaluation_seconds = state["evaluation_seconds"]
+        self.best = Best(**state["best"])
         self.task.load_state_dict(state["task"])
+        self.watch.load_state_dict(state["watch"])
         checkpoint.set_rng_state(state["rng"])
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """What happens inside leaves training as it was, but for the time."""
+        began = time.perf_counter()
+        with torch.random.fork_rng(), self.task.norm_backend():
+            yield
+        self.evaluation_seconds += time.perf_counter() - began
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """By group: `quality` of the averaged generators, of a single class's samples, and
+        `quality_raw` of the trained ones, where they differ."""
+        with self.evaluating():
+            groups = {"quality": self.task.evaluate(self.task.averaged)}
+            if self.task.cfg.optim.ema_decay > 0:
+                groups["quality_raw"] = self.task.evaluate(self.task.generators, brief=True)
+        return groups
 
 
 def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
@@ -75,21 +107,29 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
         state = checkpoint.load(start_from)
         checkpoint.check_same(state["config"], run.config, start_from)
         run.load_state_dict(state)
+        if not (run_dir / BEST).exists():  # goes on in another folder
+            run.best = Best()
     elif cfg.resume != "auto" and (run_dir / "metrics.jsonl").exists():
         raise RequestError(
             f"{run_dir} already holds a run; continue it with resume=auto, or choose another "
             "folder with hydra.run.dir="
         )
     say(describe(cfg, task, data, run_dir, start_from, run.step))
-    monitor = Monitor(run_dir, run.step)
-    monitor.text("config", f"```yaml\n{OmegaConf.to_yaml(raw, resolve=True)}\n```")
 
     # ---- what the figures are held against
-    with torch.random.fork_rng(), task.norm_backend():
+    with run.evaluating():
         task.prepare_evaluation(data)
         reference = task.reference_figures()
-        monitor.scalars(run.step, {f"reference/{k}": v for k, v in reference.items()})
-        if run.step == 0:
+    missing = unmeasured(cfg, data)
+    if missing is not None:
+        say(f"{missing}; there will be no best.pt")
+    protocol = task.protocol()
+    monitor = Monitor(run_dir, run.step)
+    monitor.text("config", f"```yaml\n{OmegaConf.to_yaml(raw, resolve=True)}\n```")
+    monitor.text("protocol", f"```yaml\n{OmegaConf.to_yaml(protocol)}\n```")
+    monitor.scalars(run.step, tagged("reference", reference), protocol=protocol)
+    if run.step == 0:
+        with torch.random.fork_rng(), task.norm_backend():
             monitor.images(0, task.samples())
 
     # ---- train
@@ -98,14 +138,16 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
         data.domains, batch_size=cfg.data.batch_size, start=run.step * per_step,
         stop=steps * per_step, seed=cfg.seed, num_workers=cfg.data.num_workers,
     )  # fmt: skip
-    quality: dict[str, float] = {}
+    groups: dict[str, dict[str, float]] = {}
+    figures: dict[str, float] = {}
     meter = Meter(cfg.data.batch_size * per_step)
     with tqdm(total=steps, initial=run.step, unit="step", dynamic_ncols=True) as bar:
-        while run.step < steps:
+        while run.step < steps and not plateaued(run, cfg):
             began = time.perf_counter()
             rates = task.set_learning_rates(run.step)
             with task.norm_backend():
-                losses = task.train_step([next(loader) for _ in range(per_step)])
+                taken = [next(loader) for _ in range(per_step)]
+                losses = task.train_step(taken)
             task.update_averages(run.step)
             run.step += 1
             meter.add(losses, time.perf_counter() - began)
@@ -113,15 +155,15 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
 
             last = run.step == steps
             if run.step % cfg.trainer.log_every == 0 or last:
-                figures = meter.read()
-                check_finite(figures, run.step, cfg)
+                figures = finite(meter.read(), run.step, task, taken, monitor)
                 figures |= {f"lr/{name}": rate for name, rate in rates.items()}
+                figures |= run.watch.report(run.step, balance_faults(figures), monitor)
                 monitor.scalars(run.step, figures)
-                bar.set_postfix(postfix(figures, quality))
+                bar.set_postfix(postfix(figures, groups, run))
             if run.step % cfg.trainer.eval_every == 0 or last:
-                with torch.random.fork_rng(), task.norm_backend():
-                    quality = task.evaluate()
-                monitor.scalars(run.step, {f"quality/{k}": v for k, v in quality.items()})
+                groups = assess(run, cfg, monitor)
+                bar.set_postfix(postfix(figures, groups, run))
+                last = last or plateaued(run, cfg)
             if run.step % cfg.trainer.sample_every == 0 or last:
                 with torch.random.fork_rng(), task.norm_backend():
                     monitor.images(run.step, task.samples())
@@ -133,15 +175,16 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
     monitor.close()
 
     # ---- report
-    if not quality:  # resumed behind the last step
-        with torch.random.fork_rng(), task.norm_backend():
-            quality = task.evaluate()
+    groups = groups or run.evaluate()  # resumed behind the last step
     summary = {
-        "steps": steps,
-        "quality": quality,
+        "steps": run.step,
+        **groups,
         "reference": reference,
+        "protocol": protocol,
+        "best": {"figure": cfg.metrics.best.name, "value": run.best.value, "step": run.best.step},
         "training_seconds": round(run.seconds, 1),
-        "images_per_second": round(steps * per_step * cfg.data.batch_size / run.seconds, 1),
+        "evaluation_seconds": round(run.evaluation_seconds, 1),
+        "images_per_second": round(run.step * per_step * cfg.data.batch_size / run.seconds, 1),
         "device": device_name(device),
         "seed": cfg.seed,
         "versions": versions(),
@@ -149,6 +192,30 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
     write_json(run_dir / "summary.json", summary)
     say(closing(summary, run_dir))
     return summary
+
+
+def assess(run: Run, cfg: Config, monitor: Monitor) -> dict[str, dict[str, float]]:
+    """Diagnose, evaluate, log, keep best.pt: the figures of quality by group."""
+    with run.evaluating():
+        figures, faults = run.task.diagnose()
+    figures |= run.watch.report(run.step, faults, monitor)
+    groups = run.evaluate()
+    for group, values in groups.items():
+        figures |= tagged(group, values)
+    monitor.scalars(run.step, figures, protocol=run.task.protocol())
+    if run.best.update(cfg.metrics.best.name, groups["quality"], run.step):
+        checkpoint.save(monitor.run_dir / BEST, run.state_dict())
+    return groups
+
+
+def tagged(group: str, figures: dict[str, float]) -> dict[str, float]:
+    """group/figure; what is a single class's (class_fid/3) is shown of `quality` alone."""
+    out = {f"{group}/{name}": v for name, v in figures.items() if "/" not in name}
+    return out | ({k: v for k, v in figures.items() if "/" in k} if group == "quality" else {})
+
+
+def plateaued(run: Run, cfg: Config) -> bool:
+    return cfg.metrics.patience is not None and run.best.since >= cfg.metrics.patience
 
 
 class Meter:
@@ -167,7 +234,10 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         began = time.perf_counter()
-        figures = {f"loss/{k}": float(v) / self.steps for k, v in self.sums.items()}
+        figures = {
+            name if "/" in name else f"loss/{name}": float(value) / self.steps
+            for name, value in self.sums.items()
+        }
         self.seconds += time.perf_counter() - began  # a GPU catches up here
         figures["speed/images_per_second"] = self.steps * self.images_per_step / self.seconds
         self.sums, self.steps, self.seconds = {}, 0, 0.0
@@ -224,14 +294,34 @@ def run_folder(family: str, now: str, resume: str | None) -> str:
     return f"{family}/{now}"
 
 
-def check_finite(figures: dict[str, float], step: int, cfg: Config) -> None:
-    for name, value in figures.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{name} became {value} before step {step}; lower optim.lr_g and optim.lr_d, set "
-                f"optim.clip_norm=1, or use a wider trainer.precision than "
-                f"{cfg.trainer.precision.name}; checkpoints before this step are kept"
-            )
+def finite(
+    figures: dict[str, float], step: int, task: Task, taken: list[list[Batch]], monitor: Monitor
+) -> dict[str, float]:
+    """The figures; less gradients that fp16 skipped to find its loss scale.
+
+    Raises:
+        FloatingPointError: any other that is NaN or infinite. No weight is, since `_descend` leaves
+            them; so `taken`, the last batches, run again show where it begins.
+    """
+    precision = task.cfg.trainer.precision.name
+    bad = {name: value for name, value in figures.items() if not math.isfinite(value)}
+    if precision == "fp16":
+        bad = {name: value for name, value in bad.items() if name.startswith("loss/")}
+    if bad:
+        name, value = next(iter(bad.items()))
+        with task.norm_backend():
+            place = first_nonfinite(task.networks, lambda: task.train_step(taken))
+        where = f"first in {place}" if place else "with every layer finite when run again"
+        text = f"{name} became {value} before step {step}, {where}"
+        monitor.scalars(step, {"health/not_finite": 1.0})
+        monitor.text("health/not_finite", text, step)
+        monitor.close()
+        raise FloatingPointError(
+            f"{text}; lower optim.lr_g and optim.lr_d, set optim.clip_norm=1, or use a wider "
+            f"trainer.precision than {precision}; checkpoints before this step are kept"
+        )
+    kept = {name: value for name, value in figures.items() if math.isfinite(value)}
+    return {**kept, "health/not_finite": 0.0}
 
 
 # ---- words
@@ -260,29 +350,44 @@ def describe(
     return "\n".join(lines)
 
 
-def postfix(figures: dict[str, float], quality: dict[str, float]) -> dict[str, str]:
-    shown = {k.removeprefix("loss/"): v for k, v in figures.items() if k.startswith("loss/")}
-    few = {k: f"{v:.2f}" for k, v in list(shown.items())[:3]}
-    return few | {k: f"{v:.2f}" for k, v in quality.items() if k.startswith("accuracy")}
+def postfix(
+    figures: dict[str, float], groups: dict[str, dict[str, float]], run: Run
+) -> dict[str, str]:
+    losses = {k.removeprefix("loss/"): v for k, v in figures.items() if k.startswith("loss/")}
+    few = {k: f"{v:.2f}" for k, v in list(losses.items())[:3]}
+    quality = groups.get("quality", {})
+    for name in ("fid", "accuracy"):
+        value = average(name, quality)
+        few |= {} if value is None else {name: f"{value:.3g}"}
+    share = run.evaluation_seconds / (run.seconds + run.evaluation_seconds)
+    return few | {"evaluation": f"{share:.0%} of the time"}
 
 
 def closing(summary: dict[str, Any], run_dir: Path) -> str:
     lines = []
     for name, value in summary["quality"].items():
+        if "/" in name:  # a single class's
+            continue
         beside = [
-            f"{key.removeprefix(name + '_')} {v:.1%}"
+            f"{key.removeprefix(name + '_')} {shown(name, v)}"
             for key, v in summary["reference"].items()
             if key.startswith(name + "_")
         ]
-        figure = f"{value:.1%}" if name.startswith("accuracy") else f"{value:.4f}"
-        lines.append(f"{name}: {figure}" + (f"  ({', '.join(beside)})" if beside else ""))
+        lines.append(
+            f"{name}: {shown(name, value)}" + (f"  ({', '.join(beside)})" if beside else "")
+        )
     lines += [
         f"{summary['steps']} steps in {summary['training_seconds']:.0f} s "
-        f"({summary['images_per_second']:.0f} images/s)",
+        f"({summary['images_per_second']:.0f} images/s), "
+        f"{summary['evaluation_seconds']:.0f} s of evaluation",
         f"samples: {run_dir / 'samples'}",
         f"tensorboard --logdir {run_dir}",
     ]
     return "\n".join(lines)
+
+
+def shown(name: str, value: float) -> str:
+    return f"{value:.1%}" if name.startswith("accuracy") else f"{value:.4f}"
 
 
 def device_name(device: torch.device) -> str:

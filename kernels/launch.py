@@ -1,61 +1,217 @@
-"""The launchers: outputs allocated, a plan chosen, one kernel each way (two with an affine).
+"""The launchers: outputs allocated, a plan chosen, kernels launched from a cache.
 
-`forward` and `backward` take tensors on one device, contiguous but for x, whose planes may lie
-anywhere; `gannorm.functional` has checked them. `spec` is any object with groups, eps,
-activation, negative_slope and residual_after_activation (`gannorm.reference.NormSpec`).
+`forward` and `backward` take tensors on one device; `gannorm.functional` has checked them. x
+(N, C, S) may lie anywhere; everything else that is of its size comes and goes in `dense_strides`:
+channels_last where x is, else contiguous. `spec` is any object with groups, eps, activation,
+negative_slope and residual_after_activation (`gannorm.reference.NormSpec`).
 """
 
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
-from gannorm.kernels.batch_norm import batch_norm_bwd_kernel, batch_norm_fwd_kernel
-from gannorm.kernels.instance_norm import instance_norm_bwd_kernel, instance_norm_fwd_kernel
-from gannorm.kernels.tile import table_grad_kernel
+from gannorm.kernels.held import held_backward_kernel, held_forward_kernel
+from gannorm.kernels.split import (
+    split_apply_kernel,
+    split_dx_kernel,
+    split_merge_kernel,
+    split_moments_kernel,
+    split_reduce_kernel,
+    split_sums_kernel,
+    table_grad_kernel,
+)
 
-TILE = 16384  # bytes, in the dtype of the statistics, that a program handles at a time
-TABLE_BLOCK = 256  # channels, in one warp: 16-byte loads
+HELD = 65536  # bytes of a statistics set, in the dtype of the statistics, that registers hold
+TILE = 16384  # bytes, the same way, that a program of a split set handles at a time
+LINE = 64  # elements that neighbouring threads should find next to each other
+WAVES = 8  # programs for each processor of the GPU, at most, that split sets are cut into
+MERGED = 16  # partials for each tile of a chunk, beyond which they are merged once, for 2% less
+MERGED_SETS = 4  # sets that a merging program takes: 32 bytes of float64 side by side
+SUMMED_ROWS = 16  # rows of a table whose gradients the programs of a channel add up themselves
 
 
-def plan(planes: int, size: int, dtype: torch.dtype = torch.float32) -> dict[str, int]:
-    """Tile and warps for sets of `planes` planes of `size` elements of `dtype`.
+class Plan(NamedTuple):
+    """How the programs share the work; see `gannorm.kernels.tile` for the three dimensions."""
 
-    At most 16 elements a thread (fp64: 8): more spill. At least 8 where a tile of 1024 has them,
-    which are 16 bytes of bf16 for the 64 lanes of an AMD warp too.
+    held: bool
+    block_p: int
+    block_g: int
+    block_s: int
+    even: bool  # the blocks cover the sets exactly: no masks
+    warps: int
+    blocks: int  # programs side by side, for all sets
+    chunks: int = 1  # programs for each of them
+    loops: int = 1  # tiles in a chunk
+    parts: int = 1  # chunks of a plane
+
+
+@lru_cache(maxsize=4096)
+def plan(
+    batch: bool,  # statistics across the batch, else inside each sample
+    samples: int,
+    planes: int,  # of a set
+    sets: int,  # of a sample, or of all samples
+    size: int,
+    itemsize: int,  # of the statistics
+    channels_last: bool = False,
+    given: bool = False,  # statistics are given: every element is on its own
+    processors: int = 132,
+) -> Plan:
+    """The plan for sets of `planes` planes of `size` elements."""
+    rounded = triton.next_power_of_2
+    # Neighbouring elements in memory: of a plane, or of the channels.
+    run = 1 if channels_last and batch else planes if channels_last else size
+    tile = rounded(planes) * rounded(size)
+    group, limit = 1, rounded(sets)
+    while group < limit and (group * run < LINE or tile * group < 1024):
+        if tile * group * 2 * itemsize > HELD:
+            break
+        group *= 2
+    held = not given and tile * group * itemsize <= HELD and (group * run >= 32 or group == limit)
+    if held:
+        block_p, block_s = rounded(planes), rounded(size)
+    else:
+        room = TILE // itemsize
+        group = 1
+        while group < limit and group * run < LINE:
+            group *= 2
+        block_s = min(rounded(size), max(room // group, 1))
+        block_p = min(rounded(planes), max(room // group // block_s, 1))
+        if channels_last and not batch:  # the channels of a group lie next to each other
+            block_p = min(rounded(planes), LINE)
+            block_s = min(rounded(size), max(room // group // block_p, 1))
+    even = planes % block_p == 0 and sets % group == 0 and size % block_s == 0
+    warps = max(1, min(16 if held else 8, block_p * group * block_s * itemsize // 2048))
+    blocks = triton.cdiv(sets, group) * (1 if batch else samples)
+    if held:
+        return Plan(True, block_p, group, block_s, even, warps, blocks)
+    split_s = block_s < size
+    tiles = triton.cdiv(size, block_s) if split_s else triton.cdiv(planes, block_p)
+    rows = triton.cdiv(planes, block_p) if split_s else 1
+    loops = max(1, min(tiles, tiles * rows * blocks // (WAVES * processors)))
+    parts = triton.cdiv(tiles, loops) if split_s else 1
+    chunks = rows * parts if split_s else triton.cdiv(tiles, loops)
+    return Plan(False, block_p, group, block_s, even, warps, blocks, chunks, loops, parts)
+
+
+def dense_strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of a dense (N, C, S): channels_last where x is, else contiguous."""
+    n, c, size = x.shape
+    last = (size * c, 1, c)
+    stands = x.stride()[1:] == last[1:] and (n == 1 or x.stride(0) == last[0])
+    return last if size > 1 and c > 1 and stands else (c * size, size, 1)
+
+
+def _dense(t: Tensor, strides: tuple[int, int, int]) -> Tensor:
+    pairs = zip(t.shape, t.stride(), strides, strict=True)
+    if all(a == b or size == 1 for size, a, b in pairs):
+        return t
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
+
+
+def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132  # an H100's
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_runners: dict[Any, Any] = {}
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, int, int], warps: int, pointers: tuple[Tensor | None, ...],
+    numbers: tuple[Any, ...], constants: tuple[Any, ...], floats: tuple[float, ...] = (),
+) -> None:  # fmt: skip
+    """kernel[grid](*pointers, *floats, *numbers, *constants), most of it remembered.
+
+    Triton's own dispatch examines every argument of every call. Here a call like an earlier one
+    (same integers and constants, same dtypes, same alignment) finds its compiled kernel at once.
     """
-    itemsize = 8 if dtype == torch.float64 else 4
-    block_s = min(triton.next_power_of_2(size), TILE // itemsize)
-    block_p = min(triton.next_power_of_2(planes), TILE // itemsize // block_s)
-    warps = max(1, min(8, block_p * block_s * itemsize // 2048))
-    return {"BLOCK_P": block_p, "BLOCK_S": block_s, "num_warps": warps}
+    kinds = tuple([None if p is None else (p.dtype, p.data_ptr() & 15) for p in pointers])
+    device = pointers[0].device.index  # type: ignore[union-attr]
+    key = (kernel, grid, warps, numbers, constants, kinds, device)
+    runner = _runners.get(key)
+    arguments = (*pointers, *floats, *numbers, *constants)
+    if device is not None and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            compiled = kernel[grid](*arguments, **_options(warps))
+    elif runner is not None:
+        runner(*arguments)
+        return
+    else:
+        compiled = kernel[grid](*arguments, **_options(warps))
+    if hasattr(compiled, "run"):  # not in the interpreter
+        _runners[key] = compiled[grid]
 
 
-def _sets(x: Tensor, groups: int) -> tuple[int, int, tuple[int, ...]]:
-    """How many statistics sets, planes in each, and the shape of the statistics."""
-    n, c, _ = x.shape
-    return (n * groups, c // groups, (n, groups)) if groups else (c, n, (c,))
+def _options(warps: int) -> dict[str, int]:
+    """Left alone, NVIDIA's assembler spills a few registers to fit more programs on a processor."""
+    if knobs.runtime.interpret or driver.active.get_current_target().backend != "cuda":
+        return {"num_warps": warps}
+    return {"num_warps": warps, "maxnreg": min(255, 2048 // warps)}
 
 
-def _constants(x: Tensor, spec: Any, given_stats: bool) -> dict[str, Any]:
-    return {
-        "ACTIVATION": spec.activation,
-        "SLOPE": spec.negative_slope,
-        "EPS": spec.eps,
-        "GIVEN_STATS": given_stats,
-        "DTYPE": tl.float64 if x.dtype == torch.float64 else tl.float32,
-    }
+class _Call(NamedTuple):
+    """What the launches of one norm have in common."""
+
+    plan: Plan
+    strides: tuple[int, int, int]
+    layout: tuple[int, ...]
+    sizes: tuple[int, ...]
+    shape: tuple[int, ...]  # of a statistic
+    domain: tuple[int, ...]  # planes, sets, size, sets in all
+    statistics: torch.dtype
+    dtype: Any
 
 
-def _rows(weight: Tensor | None, bias: Tensor | None) -> int:
+@lru_cache(maxsize=4096)
+def _call(
+    shape: tuple[int, int, int], stride: tuple[int, int, int], strides: tuple[int, int, int],
+    dtype: torch.dtype, groups: int, rows: int, given: bool, processors: int,
+) -> _Call:  # fmt: skip
+    n, c, size = shape
+    planes, sets = (c // groups, groups) if groups else (n, c)
+    double = dtype == torch.float64
+    last = strides[1] == 1 and c > 1
+    chosen = plan(not groups, n, planes, sets, size, 8 if double else 4, last, given, processors)
+    stat_shape = (n, groups) if groups else (c,)
+    return _Call(
+        chosen, strides, (*stride, *strides), (n, rows, c), stat_shape,
+        (planes, sets, size, n * groups if groups else c),
+        _statistics_dtype(dtype), tl.float64 if double else tl.float32,
+    )  # fmt: skip
+
+
+def _prepare(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Any, given: bool
+) -> _Call:
     table = bias if weight is None else weight
-    return 1 if table is None else table.shape[0]
+    rows = 1 if table is None else table.shape[0]
+    return _call(
+        x.shape, x.stride(), dense_strides(x), x.dtype, spec.groups, rows, given,
+        _processors(x.device),
+    )  # fmt: skip
 
 
-def _stat_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _merging(call: _Call) -> tuple[int, int, int]:
+    """The grid of a kernel that merges partials."""
+    _, sets, _, total = call.domain
+    return triton.cdiv(sets, MERGED_SETS) * (total // sets), 1, 1
+
+
+def _domain(x: Tensor, spec: Any) -> str:
+    return "batch" if spec.groups == 0 else "plane" if spec.groups == x.shape[1] else "group"
 
 
 def forward(
@@ -64,26 +220,61 @@ def forward(
     bias: Tensor | None,
     labels: Tensor | None,  # (N,)
     residual: Tensor | None,  # (N, C, S)
-    mean: Tensor | None,  # given statistics (C,): evaluation mode
-    var: Tensor | None,
+    given: tuple[Tensor, Tensor] | None,  # mean and variance (C,): evaluation mode
     spec: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and the mean and biased variance that were used: (C,) or (N, groups)."""
-    given = mean is not None and var is not None
-    programs, planes, shape = _sets(x, spec.groups)
-    if mean is None or var is None:
-        mean = x.new_zeros(shape, dtype=_stat_dtype(x))
-        var = torch.zeros_like(mean)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel():
-        kernel = instance_norm_fwd_kernel if spec.groups else batch_norm_fwd_kernel
-        kernel[(programs,)](
-            x, x.stride(0), x.stride(1), y, residual, weight, bias, labels, mean, var,
-            planes, x.shape[2], _rows(weight, bias), x.shape[1],
-            RESIDUAL_AFTER=spec.residual_after_activation,
-            **_constants(x, spec, given), **plan(planes, x.shape[2], x.dtype),
+    running: tuple[Tensor | None, Tensor | None, float, float] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y, and the statistics: mean, its rounding error, rstd, biased variance; (4, C) or
+    (4, N, groups).
+
+    running: running mean and variance (C,) to move, by which share, and what makes the variance
+        the running one (n / (n - 1), or 1). Statistics across the batch only.
+    """
+    if not x.numel():
+        shape = (x.shape[0], spec.groups) if spec.groups else (x.shape[1],)
+        return torch.empty_like(x), x.new_zeros((4, *shape), dtype=_statistics_dtype(x.dtype))
+    call = _prepare(x, weight, bias, spec, given is not None)
+    p = call.plan
+    y = torch.empty_strided(x.shape, call.strides, dtype=x.dtype, device=x.device)
+    stats = torch.empty((4, *call.shape), dtype=call.statistics, device=x.device)
+    if residual is not None:
+        residual = _dense(residual, call.strides)
+    mean, var, *factors = running or (None, None, 0.0, 1.0)
+    blocks = (p.block_p, p.block_g, p.block_s, p.even)
+    domain = _domain(x, spec)
+    epilogue = (domain, spec.activation, spec.negative_slope, spec.eps, call.dtype,
+                spec.residual_after_activation)  # fmt: skip
+    inputs = (x, y, residual, weight, bias, labels)
+    if p.held:
+        _launch(
+            held_forward_kernel, (p.blocks, 1, 1), p.warps, (*inputs, stats, mean, var),
+            (*call.layout, *call.sizes, *call.domain), (*epilogue, *blocks), tuple(factors),
         )  # fmt: skip
-    return y, mean, var
+        return y, stats
+    grid, partial, split = (p.blocks, p.chunks, 1), None, p.block_s < x.shape[2]
+    if given is None:
+        total = call.domain[3]
+        partial = torch.empty((2, p.chunks, total), dtype=torch.float64, device=x.device)
+        _launch(
+            split_moments_kernel, grid, p.warps, (x, partial),
+            (*call.layout[:3], *call.domain, p.chunks, p.loops),
+            (domain, call.dtype, *blocks, split),
+        )  # fmt: skip
+        if p.chunks * p.block_g > MERGED * p.loops:
+            _launch(
+                split_merge_kernel, _merging(call), 4, (x, partial, stats, mean, var),
+                (*call.layout[:2], *call.domain, p.chunks, p.loops),
+                (domain, spec.eps, call.dtype, p.block_p, MERGED_SETS, p.block_s, split),
+                tuple(factors),
+            )  # fmt: skip
+            partial = mean = var = None
+    _launch(
+        split_apply_kernel, grid, p.warps,
+        (*inputs, partial, *(given or (None, None)), stats, mean, var),
+        (*call.layout, *call.sizes, *call.domain, p.chunks, p.loops),
+        (*epilogue, *blocks, split), tuple(factors),
+    )  # fmt: skip
+    return y, stats
 
 
 def backward(
@@ -93,38 +284,62 @@ def backward(
     bias: Tensor | None,
     labels: Tensor | None,
     residual: Tensor | None,  # only where the activation's derivative depends on it
-    mean: Tensor,
-    var: Tensor,
+    stats: Tensor,  # as `forward` returned them
     spec: Any,
-    given_stats: bool,
+    given: bool,  # the statistics were
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight, dbias, and the gradient of `residual`."""
-    programs, planes, _ = _sets(x, spec.groups)
-    n, c, size = x.shape
-    dx = torch.empty_like(dy, dtype=x.dtype) if need_dx else None
-    g = torch.empty_like(dy, dtype=x.dtype) if residual is not None else None
-    sums = x.new_zeros((2, n, c), dtype=_stat_dtype(x))
-    if x.numel():
-        kernel = instance_norm_bwd_kernel if spec.groups else batch_norm_bwd_kernel
-        kernel[(programs,)](
-            x, x.stride(0), x.stride(1), dy, residual, weight, bias, labels, mean, var,
-            dx, g, sums[0], sums[1],
-            planes, size, _rows(weight, bias), c,
-            **_constants(x, spec, given_stats), **plan(planes, size, x.dtype),
+    dweight, dbias = (None if t is None else torch.empty_like(t) for t in (weight, bias))
+    if not x.numel():
+        for table in (dweight, dbias):
+            if table is not None:
+                table.zero_()
+        return dy, dweight, dbias, dy
+    call = _prepare(x, weight, bias, spec, given)
+    p = call.plan
+    dy = _dense(dy, call.strides)
+    dx = torch.empty_like(dy) if need_dx else None
+    g = None
+    if residual is not None:
+        residual, g = _dense(residual, call.strides), torch.empty_like(dy)
+    domain, tables = _domain(x, spec), weight is not None or bias is not None
+    blocks = (p.block_p, p.block_g, p.block_s, p.even)
+    constants = (domain, spec.activation, spec.negative_slope, call.dtype)
+    inputs = (x, dy, residual, weight, bias, labels, stats)
+    numbers = (*call.layout, *call.sizes, *call.domain)
+    summed = p.held and domain == "batch" and call.sizes[1] <= SUMMED_ROWS and tables
+    sums = None
+    if not summed and (tables or not (p.held or given)):
+        n, c, _ = x.shape
+        sums = torch.empty((2, p.parts, n, c), dtype=call.statistics, device=x.device)
+    if p.held:
+        _launch(
+            held_backward_kernel, (p.blocks, 1, 1), p.warps,
+            (*inputs, dx, g, sums, dweight if summed else None, dbias if summed else None),
+            numbers, (*constants, *blocks, summed),
         )  # fmt: skip
-    return dx, _table_grad(sums[1], weight, labels), _table_grad(sums[0], bias, labels), g
-
-
-def _table_grad(sums: Tensor, table: Tensor | None, labels: Tensor | None) -> Tensor | None:
-    if table is None:
-        return None
-    grad = torch.empty_like(table)
-    rows, channels = table.shape
-    if channels:
-        table_grad_kernel[(rows, triton.cdiv(channels, TABLE_BLOCK))](
-            sums, labels, grad, sums.shape[0], channels,
-            BLOCK_C=TABLE_BLOCK, DTYPE=tl.float64 if sums.dtype == torch.float64 else tl.float32,
-            num_warps=1,
+    else:
+        grid = (p.blocks, p.chunks, 1)
+        split = (*numbers, p.parts, p.loops), (*constants, *blocks, p.block_s < x.shape[2])
+        if sums is not None:
+            _launch(split_sums_kernel, grid, p.warps, (*inputs, sums), *split)
+        if need_dx or g is not None:
+            partials, means = (None, None) if given else (sums, None)
+            if partials is not None and call.domain[0] * p.parts * p.block_g > 2 * MERGED * p.loops:
+                means = torch.empty((2, call.domain[3]), dtype=call.statistics, device=x.device)
+                _launch(
+                    split_reduce_kernel, _merging(call), 4, (sums, weight, labels, means),
+                    (*call.sizes, *call.domain, p.parts), (domain, MERGED_SETS, call.dtype),
+                )  # fmt: skip
+                partials = None
+            _launch(split_dx_kernel, grid, p.warps, (*inputs, partials, means, dx, g), *split)
+    if tables and not summed:
+        assert sums is not None
+        n, rows, c = call.sizes
+        width, height = 64, 16
+        _launch(
+            table_grad_kernel, (rows, triton.cdiv(c, width), 1), 4, (sums, labels, dweight, dbias),
+            (n, c, p.parts), (call.dtype, height, width),
         )  # fmt: skip
-    return grad
+    return dx, dweight, dbias, g

@@ -1,10 +1,13 @@
-"""What every norm kernel shares: tiles of planes, Chan's merge, the epilogue and its derivative.
+"""What every norm kernel shares: tiles, moments, the affine, the epilogue and its derivative.
 
-A statistics set is a number of planes, the plane (n, c) standing at (n * C + c) * S elements:
-`planes` of them from plane `first`, `step` apart. Instance norm: one plane; group norm: the
-group's neighbours (step 1); batch norm: a channel's plane in every sample (step C). The loops
-below run over tiles of BLOCK_P planes by BLOCK_S elements and know no other difference. Only the
-input x may lie elsewhere, its planes stride_n and stride_c apart.
+x is (N, C, S). A statistics set is a number of planes (n, c): batch norm's has channel c of every
+sample, instance norm's one plane, group norm's the neighbouring channels of one sample. A tile is
+(P, G, S): P planes of each of G neighbouring sets, S elements of each plane. Nothing below it
+knows another difference between the norms (DOMAIN is "plane", "group" or "batch"), or between NCHW
+and channels_last: those are strides.
+
+Sums over a set end in float64, and the few numbers of a set are made from them in float64: the
+statistics are then right to the last place of float32, and no magnitude overflows.
 """
 
 import triton
@@ -12,45 +15,195 @@ import triton.language as tl
 
 
 @triton.jit
-def _tile(p0, s0, first, step, planes, size, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Plane numbers n * C + c (BLOCK_P,), contiguous offsets and mask (BLOCK_P, BLOCK_S)."""
-    p = p0 + tl.arange(0, BLOCK_P)
-    s = s0 + tl.arange(0, BLOCK_S)
-    plane = first + p.to(tl.int64) * step
-    live = p < planes
-    mask = live[:, None] & (s < size)[None, :]
-    return plane, live, plane[:, None] * size + s[None, :], mask
+def wide(number):
+    """An integer argument as int64; where it equals 1 the JIT has made it a constant."""
+    return tl.full([], 0, tl.int64) + number
 
 
 @triton.jit
-def _load_x(x_ptr, stride_n, stride_c, plane, s0, mask, channels, BLOCK_S: tl.constexpr):
-    """x (N, C, S), its planes contiguous and anywhere: a slice is read where it lies."""
-    start = plane // channels * stride_n + plane % channels * stride_c
-    s = s0 + tl.arange(0, BLOCK_S)
-    return tl.load(x_ptr + start[:, None] + s[None, :], mask=mask, other=0)
+def program_sets(sets, DOMAIN: tl.constexpr, BLOCK_G: tl.constexpr):
+    """The program's sample, its first set, the numbers of its sets among all, their mask (G,)."""
+    blocks = (sets + BLOCK_G - 1) // BLOCK_G
+    block = tl.program_id(0)
+    sample = block * 0 if DOMAIN == "batch" else block // blocks
+    g0 = (block - sample * blocks) * BLOCK_G
+    g = g0 + tl.arange(0, BLOCK_G)
+    return sample, g0, sample.to(tl.int64) * sets + g, g < sets
 
 
 @triton.jit
-def _affine(weight_ptr, bias_ptr, labels_ptr, plane, live, rows, channels, DTYPE: tl.constexpr):
-    """Weight and bias (BLOCK_P, 1) of each plane's channel, in the row of its sample's label.
+def tile_planes(
+    p0, g0, sample, planes, sets,
+    DOMAIN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Sample (P or 1, 1) and channel (P or 1, G) of a tile's planes, and their mask (P, G)."""
+    p = (p0 + tl.arange(0, BLOCK_P))[:, None]
+    g = (g0 + tl.arange(0, BLOCK_G))[None, :]
+    live = (p < planes) & (g < sets)
+    if EVEN:
+        live = tl.full([BLOCK_P, BLOCK_G], 1, tl.int1)
+    if DOMAIN == "batch":
+        of, channel = p.to(tl.int64), g.to(tl.int64)
+    elif DOMAIN == "plane":
+        of, channel = tl.full([1, 1], 0, tl.int64) + sample, g.to(tl.int64)
+    else:
+        of, channel = tl.full([1, 1], 0, tl.int64) + sample, g.to(tl.int64) * planes + p
+    return of, channel, live
+
+
+@triton.jit
+def tile_elements(s0, size, live, BLOCK_S: tl.constexpr, EVEN: tl.constexpr):
+    """Positions (1, 1, S) in the planes, and the elements' mask (P, G, S)."""
+    s = (s0 + tl.arange(0, BLOCK_S))[None, None, :]
+    if EVEN:
+        return s, tl.full([live.shape[0], live.shape[1], BLOCK_S], 1, tl.int1)
+    return s, live[:, :, None] & (s < size)
+
+
+@triton.jit
+def at(sample, channel, s, stride_n, stride_c, stride_s):
+    """Offsets (P, G, S), past 2^31 where the tensor is."""
+    return (sample * stride_n + channel * stride_c)[:, :, None] + s.to(tl.int64) * stride_s
+
+
+@triton.jit
+def set_total(v):
+    """(P, G, S) summed to (G,) float64, the last steps of the sum in float64."""
+    P: tl.constexpr = v.shape[0]
+    G: tl.constexpr = v.shape[1]
+    S: tl.constexpr = v.shape[2]
+    if S % 4 == 0:
+        v = tl.sum(tl.reshape(v, [P, G, S // 4, 4]), 3)
+    return tl.sum(tl.sum(v.to(tl.float64), 2), 0)
+
+
+@triton.jit
+def first_elements(
+    x_ptr, stride_n, stride_c, sample, g0, planes, sets,
+    DOMAIN: tl.constexpr, BLOCK_G: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The first element of each set (G,), which its moments are taken relative to.
+
+    A constant set then has exactly its value as mean, and variance 0.
+    """
+    g = g0 + tl.arange(0, BLOCK_G)
+    channel = g.to(tl.int64) * planes if DOMAIN == "group" else g.to(tl.int64)
+    offset = sample.to(tl.int64) * stride_n + channel * stride_c
+    return tl.load(x_ptr + offset, mask=g < sets, other=0).to(DTYPE)
+
+
+@triton.jit
+def sum_of_squares(v):
+    """(P, G, S) to (G,) float64: squares beyond float32 are taken at 2^-80."""
+    total = set_total(v * v)
+    huge = total == float("inf")
+    if tl.max(huge.to(tl.int32), 0) > 0:
+        small = v * 8.271806125530277e-25
+        back = tl.full([], 1.461501637330903e48, tl.float64)  # 2^160
+        total = tl.where(huge, set_total(small * small) * back, total)
+    return total
+
+
+@triton.jit
+def reciprocal(planes, size):
+    """1 / (planes * size) in float64, by Newton's method: a division would call a subroutine."""
+    count = tl.full([], 1.0, tl.float64) * planes * size
+    guess = (1.0 / count.to(tl.float32)).to(tl.float64)
+    guess = guess * (2.0 - count * guess)
+    return guess * (2.0 - count * guess)
+
+
+@triton.jit
+def statistics(first, offset, square, planes, size, EPS: tl.constexpr, DTYPE: tl.constexpr):
+    """Mean, its rounding error, 1 / sqrt(variance + eps) and biased variance of sets (G,).
+
+    offset: mean - first; square: sum of squares around the mean; both float64.
+    """
+    mean64 = first.to(tl.float64) + offset
+    var64 = square * reciprocal(planes, size)
+    rstd = tl.rsqrt(var64 + tl.full([], EPS, tl.float64)).to(DTYPE)
+    mean = mean64.to(DTYPE)
+    error = (mean64 - mean.to(tl.float64)).to(DTYPE)
+    return mean, error, rstd, var64.to(DTYPE)
+
+
+@triton.jit
+def given_statistics(mean_ptr, var_ptr, index, live, EPS: tl.constexpr, DTYPE: tl.constexpr):
+    """The same four from a given mean and variance (C,)."""
+    mean = tl.load(mean_ptr + index, mask=live, other=0).to(DTYPE)
+    var = tl.load(var_ptr + index, mask=live, other=1).to(DTYPE)
+    rstd = tl.rsqrt(var.to(tl.float64) + tl.full([], EPS, tl.float64)).to(DTYPE)
+    return mean, mean * 0.0, rstd, var
+
+
+@triton.jit
+def store_statistics(stats_ptr, total, index, live, mean, error, rstd, var):
+    """stats (4, total): mean, error, rstd, variance."""
+    tl.store(stats_ptr + index, mean, mask=live)
+    tl.store(stats_ptr + total + index, error, mask=live)
+    tl.store(stats_ptr + 2 * total + index, rstd, mask=live)
+    tl.store(stats_ptr + 3 * total + index, var, mask=live)
+
+
+@triton.jit
+def load_statistics(stats_ptr, total, index, live):
+    mean = tl.load(stats_ptr + index, mask=live, other=0)
+    error = tl.load(stats_ptr + total + index, mask=live, other=0)
+    rstd = tl.load(stats_ptr + 2 * total + index, mask=live, other=1)
+    return mean, error, rstd, tl.load(stats_ptr + 3 * total + index, mask=live, other=1)
+
+
+@triton.jit
+def update_running(running_mean_ptr, running_var_ptr, index, live, mean, var, momentum, bessel):
+    """Move the running statistics (C,) towards the batch's; non-finite ones never enter."""
+    var = var * bessel
+    # A difference with itself is 0 only where it is finite.
+    live = live & (mean - mean == 0) & (var - var == 0)
+    if running_mean_ptr is not None:
+        old = tl.load(running_mean_ptr + index, mask=live, other=0).to(mean.dtype)
+        new = old + (mean - old) * momentum
+        tl.store(running_mean_ptr + index, new.to(running_mean_ptr.dtype.element_ty), mask=live)
+    if running_var_ptr is not None:
+        old = tl.load(running_var_ptr + index, mask=live, other=0).to(var.dtype)
+        new = old + (var - old) * momentum
+        tl.store(running_var_ptr + index, new.to(running_var_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def pivot(mean, error, rstd, var):
+    """What to subtract from x before scaling, and what is then left of the mean.
+
+    Near 0 nothing: x * scale + shift rounds least. Far from 0 the mean, or its digits would be
+    lost in the shift. A constant set is subtracted exactly to 0.
+    """
+    far = (tl.abs(mean) * rstd > 4.0) | (var == 0)
+    return tl.where(far, mean, 0.0), tl.where(far, error, mean + error)
+
+
+@triton.jit
+def affine(
+    weight_ptr, bias_ptr, labels_ptr, sample, channel, live, samples, rows, channels,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Weight and bias (P, G) of each plane's channel, in the row of its sample's label.
 
     A label outside the table gives NaN: to refuse it would be to wait for the device.
     """
-    index = plane % channels
-    weight = tl.full(plane.shape, 1.0, DTYPE)
-    bias = tl.full(plane.shape, 0.0, DTYPE)
+    weight = tl.full(live.shape, 1.0, DTYPE)
+    bias = tl.full(live.shape, 0.0, DTYPE)
+    index = channel + sample * 0
     fits = live
     if labels_ptr is not None:
-        label = tl.load(labels_ptr + plane // channels, mask=live, other=0)
-        fits = (label >= 0) & (label < rows)
+        label = tl.load(labels_ptr + sample, mask=sample < samples, other=0)
         index += label * channels
+        fits = live & (label >= 0) & (label < rows)
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + index, mask=live & fits, other=0).to(DTYPE)
+        weight = tl.load(weight_ptr + index, mask=fits, other=0).to(DTYPE)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + index, mask=live & fits, other=0).to(DTYPE)
+        bias = tl.load(bias_ptr + index, mask=fits, other=0).to(DTYPE)
     if labels_ptr is not None:
-        weight = tl.where(fits, weight, float("nan"))
-    return weight[:, None], bias[:, None]
+        weight = tl.where(live & ~fits, float("nan"), weight)
+    return weight, bias
 
 
 @triton.jit
@@ -79,165 +232,47 @@ def _activate_grad(dy, z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 
 
 @triton.jit
-def rsqrt(var, EPS: tl.constexpr):
-    """1 / sqrt(var + eps), eps in var's precision."""
-    return 1.0 / tl.sqrt(var + tl.full([], EPS, var.dtype))
-
-
-@triton.jit
-def set_moments(
-    x_ptr, stride_n, stride_c, first, step, planes, size, channels,
-    BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Mean, the mean's rounding error, and biased variance of a set.
-
-    Two-pass in each tile, tiles merged by Chan's formula, all relative to the first element: a
-    constant set has exactly its value as mean, and variance 0. The true mean is mean + error
-    (Knuth's TwoSum): far from 0 the error is all that a rounded mean gets wrong.
-    """
-    corner = first // channels * stride_n + first % channels * stride_c
-    first_x = tl.load(x_ptr + corner).to(DTYPE)
-    count = tl.full([], 0.0, DTYPE)
-    offset = tl.full([], 0.0, DTYPE)
-    square = tl.full([], 0.0, DTYPE)
-    for p0 in range(0, planes, BLOCK_P):
-        for s0 in range(0, size, BLOCK_S):
-            plane, _, _, mask = _tile(p0, s0, first, step, planes, size, BLOCK_P, BLOCK_S)
-            x = _load_x(x_ptr, stride_n, stride_c, plane, s0, mask, channels, BLOCK_S).to(DTYPE)
-            x = tl.where(mask, x - first_x, 0.0)
-            tile_count = tl.sum(tl.sum(mask.to(DTYPE), 1), 0)
-            tile_mean = tl.sum(tl.sum(x, 1), 0) / tile_count
-            centred = tl.where(mask, x - tile_mean, 0.0)
-            tile_square = tl.sum(tl.sum(centred * centred, 1), 0)
-            total = count + tile_count
-            delta = tile_mean - offset
-            offset += delta * (tile_count / total)
-            square += tile_square + delta * delta * (count * tile_count / total)
-            count = total
-    mean = first_x + offset
-    part = mean - first_x
-    error = (first_x - (mean - part)) + (offset - part)
-    return mean, error, square / count
-
-
-@triton.jit
-def set_apply(
-    x_ptr, stride_n, stride_c, y_ptr, residual_ptr, weight_ptr, bias_ptr, labels_ptr,
-    mean, error, rstd,
-    first, step, planes, size, rows, channels,
+def apply_tile(
+    x, weight, bias, start, rest, rstd, y_ptr, residual_ptr, offsets, mask,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, RESIDUAL_AFTER: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """act((x - mean - error) * (rstd * weight) + bias (+ residual)) (+ residual) over a set."""
-    for p0 in range(0, planes, BLOCK_P):
-        for s0 in range(0, size, BLOCK_S):
-            plane, live, offsets, mask = _tile(p0, s0, first, step, planes, size, BLOCK_P, BLOCK_S)
-            weight, bias = _affine(
-                weight_ptr, bias_ptr, labels_ptr, plane, live, rows, channels, DTYPE
-            )
-            x = _load_x(x_ptr, stride_n, stride_c, plane, s0, mask, channels, BLOCK_S).to(DTYPE)
-            y = ((x - mean) - error) * (rstd * weight) + bias
-            if residual_ptr is not None:
-                residual = tl.load(residual_ptr + offsets, mask=mask, other=0).to(DTYPE)
-                if RESIDUAL_AFTER:
-                    y = _activate(y, ACTIVATION, SLOPE) + residual
-                else:
-                    y = _activate(y + residual, ACTIVATION, SLOPE)
-            else:
-                y = _activate(y, ACTIVATION, SLOPE)
-            tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+    """Store act((x - mean) * rstd * weight + bias (+ residual)) (+ residual).
+
+    x (P, G, S) in DTYPE; weight, bias (P, G); start, rest (see `pivot`) and rstd (G,).
+    """
+    scale = rstd[None, :] * weight
+    shift = bias - rest[None, :] * scale
+    scale = tl.broadcast_to(scale[:, :, None], x.shape)
+    y = tl.fma(x - start[None, :, None], scale, tl.broadcast_to(shift[:, :, None], x.shape))
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + offsets, mask=mask, other=0).to(DTYPE)
+        if RESIDUAL_AFTER:
+            y = _activate(y, ACTIVATION, SLOPE) + residual
+        else:
+            y = _activate(y + residual, ACTIVATION, SLOPE)
+    else:
+        y = _activate(y, ACTIVATION, SLOPE)
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _grad_tile(
-    dy_ptr, x, residual_ptr, offsets, mask, weight, bias, mean, rstd,
+def normalized(x, start, rest, rstd, mask):
+    """x_hat (P, G, S), 0 where masked."""
+    x = (x - start[None, :, None]) * rstd[None, :, None] - (rest * rstd)[None, :, None]
+    return tl.where(mask, x, 0.0)
+
+
+@triton.jit
+def grad_tile(
+    dy_ptr, x_hat, weight, bias, residual_ptr, offsets, mask,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """dy behind the activation, and x_hat; the mask is recomputed, not stored."""
+    """dy behind the activation (P, G, S); the activation's mask is recomputed, not stored."""
     g = tl.load(dy_ptr + offsets, mask=mask, other=0).to(DTYPE)
-    x_hat = tl.where(mask, (x - mean) * rstd, 0.0)
     if ACTIVATION is not None:
-        z = x_hat * weight + bias
+        z = x_hat * weight[:, :, None] + bias[:, :, None]
         if residual_ptr is not None:
             z += tl.load(residual_ptr + offsets, mask=mask, other=0).to(DTYPE)
         g = _activate_grad(g, z, ACTIVATION, SLOPE)
-    return g, x_hat
-
-
-@triton.jit
-def set_grad(
-    dy_ptr, x_ptr, stride_n, stride_c, residual_ptr, weight_ptr, bias_ptr, labels_ptr, mean, rstd,
-    dx_ptr, g_ptr, g_sum_ptr, gx_sum_ptr,
-    first, step, planes, size, rows, channels,
-    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, GIVEN_STATS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """dx, g (the gradient of an inner residual) and the per-plane sums of g and g * x_hat.
-
-    dx = rstd * (weight * g - mean(weight * g) - x_hat * mean(weight * g * x_hat)), the means over
-    the set; with given statistics only the first term.
-    """
-    a = tl.full([], 0.0, DTYPE)
-    b = tl.full([], 0.0, DTYPE)
-    for p0 in range(0, planes, BLOCK_P):
-        g_sum = tl.zeros([BLOCK_P], DTYPE)
-        gx_sum = tl.zeros([BLOCK_P], DTYPE)
-        for s0 in range(0, size, BLOCK_S):
-            plane, live, offsets, mask = _tile(p0, s0, first, step, planes, size, BLOCK_P, BLOCK_S)
-            weight, bias = _affine(
-                weight_ptr, bias_ptr, labels_ptr, plane, live, rows, channels, DTYPE
-            )
-            x = _load_x(x_ptr, stride_n, stride_c, plane, s0, mask, channels, BLOCK_S).to(DTYPE)
-            g, x_hat = _grad_tile(
-                dy_ptr, x, residual_ptr, offsets, mask, weight, bias, mean, rstd,
-                ACTIVATION, SLOPE, DTYPE,
-            )  # fmt: skip
-            g_sum += tl.sum(g, 1)
-            gx_sum += tl.sum(g * x_hat, 1)
-        plane, live, offsets, mask = _tile(p0, 0, first, step, planes, size, BLOCK_P, BLOCK_S)
-        weight, bias = _affine(weight_ptr, bias_ptr, labels_ptr, plane, live, rows, channels, DTYPE)
-        tl.store(g_sum_ptr + plane, g_sum, mask=live)
-        tl.store(gx_sum_ptr + plane, gx_sum, mask=live)
-        a += tl.sum(g_sum * tl.sum(weight, 1), 0)
-        b += tl.sum(gx_sum * tl.sum(weight, 1), 0)
-    elements = tl.full([], 1.0, DTYPE) * planes * size
-    for p0 in range(0, planes, BLOCK_P):
-        for s0 in range(0, size, BLOCK_S):
-            plane, live, offsets, mask = _tile(p0, s0, first, step, planes, size, BLOCK_P, BLOCK_S)
-            weight, bias = _affine(
-                weight_ptr, bias_ptr, labels_ptr, plane, live, rows, channels, DTYPE
-            )
-            x = _load_x(x_ptr, stride_n, stride_c, plane, s0, mask, channels, BLOCK_S).to(DTYPE)
-            g, x_hat = _grad_tile(
-                dy_ptr, x, residual_ptr, offsets, mask, weight, bias, mean, rstd,
-                ACTIVATION, SLOPE, DTYPE,
-            )  # fmt: skip
-            if g_ptr is not None:
-                tl.store(g_ptr + offsets, g.to(g_ptr.dtype.element_ty), mask=mask)
-            if dx_ptr is not None:
-                dx = g * weight
-                if not GIVEN_STATS:
-                    dx = dx - a / elements - x_hat * (b / elements)
-                tl.store(dx_ptr + offsets, (dx * rstd).to(dx_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def table_grad_kernel(
-    sums_ptr,  # (N, C)
-    labels_ptr,  # (N,), or None: every sample belongs to row 0
-    grad_ptr,  # (K, C)
-    samples, channels,
-    BLOCK_C: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Per-sample sums added up per row of the table, sample after sample: no atomics."""
-    row = tl.program_id(0)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    live = c < channels
-    total = tl.zeros([BLOCK_C], DTYPE)
-    for n in range(0, samples):
-        value = tl.load(sums_ptr + n * channels + c, mask=live, other=0)
-        if labels_ptr is not None:
-            value = tl.where(tl.load(labels_ptr + n) == row, value, 0.0)
-        total += value
-    index = row.to(tl.int64) * channels + c
-    tl.store(grad_ptr + index, total.to(grad_ptr.dtype.element_ty), mask=live)
+    return g

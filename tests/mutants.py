@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,52 +27,71 @@ class Mutant(NamedTuple):
 
 
 REF, FUN, NORMS = "gannorm/reference.py", "gannorm/functional.py", "gannorm/norms.py"
+BASE = "gannorm/layers.py"
 AUTO, CHECKS, CONV = "gannorm/autograd.py", "gannorm/checks.py", "gannorm/conversion.py"
+NATIVE, BACK, OPS = "gannorm/native.py", "gannorm/backend.py", "gannorm/ops.py"
 TILE, LAUNCH = "kernels/tile.py", "kernels/launch.py"
-INST, BATCH = "kernels/instance_norm.py", "kernels/batch_norm.py"
+HELD, SPLIT = "kernels/held.py", "kernels/split.py"
 
 GAPS = "test_norm_gaps.py -k "
-INST_REF = "test_instance_norm.py -k 'against and not triton and float64'"
+INST_REF = "test_instance_norm.py -k 'against and composed and float64'"
+INST_NATIVE = "test_instance_norm.py -k 'against and torch and not composed and not triton'"
 INST_TRI = "test_instance_norm.py -k 'against and triton and float64 and not 67'"
 RELU, LEAKY, SILU, INNER, AFTER = (
     f"test_instance_norm.py -k 'against and triton and float64 and not 67 and {e}'"
     for e in ("relu and not leaky", "leaky", "silu", "residual and not after", "residual_after")
 )
-TILES_TRI = "test_instance_norm.py -k 'against and triton and float64 and 67'"
-BATCH_REF = "test_batch_norm.py -k 'against and not triton and float64'"
+BATCH_REF = "test_batch_norm.py -k 'against and composed and float64'"
+BATCH_NATIVE = "test_batch_norm.py -k 'against and torch and not composed and not triton'"
 BATCH_TRI = "test_batch_norm.py -k 'against and triton and float64 and not 67'"
 EVAL_TRI = "test_batch_norm.py -k 'against and triton and float64 and not 67 and False'"
 SECOND = "test_autograd.py -k 'gradgradcheck and not triton'"
+PLANS = "test_launch.py -k "
+HELD_TRI, PLANES, ELEMENTS, CHUNKS = (
+    PLANS + f"'every and contiguous and {kind}'"
+    for kind in ("held", "planes", "elements", "chunks")
+)
+LAST, SLICED, RUNNING, MAGNITUDES = (
+    PLANS + f"'{test}'" for test in ("every and last", "every and sliced", "running", "magnitudes")
+)
+LOOP, INSIDE = (
+    "test_instance_norm.py -k 'loop and triton'",
+    "test_batch_norm.py -k inside_the_table",
+)
+BIASED = "test_batch_norm.py -k 'biased and not triton'"
 REFUSE = "test_functional.py -k refusals"
 LAYERS = "test_norms.py"
 
 # fmt: off
 MUTANTS = tuple(Mutant(*m) for m in (
     # statistics, reference
-    ("ref one-pass variance", REF, "_set_mean(power, groups) - error.square(), error",
-     "_set_mean(x.square().mean(2), groups) - mean.square(), error",
-     "test_instance_norm.py -k 'offsets and not triton'"),
+    ("ref one-pass variance", REF, "small.square().mean(2), groups) - (error * unit).square()",
+     "(x * _per_channel(unit, n, c, groups)).square().mean(2), groups) - (mean * unit).square()",
+     "test_instance_norm.py -k 'offsets and composed'"),
     ("ref no shift", REF, "centred = x - _per_channel(first, n, c, groups)",
-     "first, centred = first * 0, x.clone()", "test_instance_norm.py -k 'constant and not triton'"),
+     "first, centred = first * 0, x.clone()", "test_instance_norm.py -k 'constant and composed'"),
     ("ref mean error dropped", REF, "+ (offset - part)).detach()",
-     "+ (offset - part)).detach() * 0", GAPS + "'ladder and not triton'"),
-    ("ref eps outside the root", REF, "(var.double() + spec.eps).rsqrt()",
-     "(var.double().sqrt() + spec.eps).reciprocal()", INST_REF),
+     "+ (offset - part)).detach() * 0", GAPS + "'ladder and composed'"),
+    ("ref eps outside the root", REF, "(var + spec.eps).rsqrt()",
+     "(var.sqrt() + spec.eps).reciprocal()", INST_REF),
+    ("ref squares overflow", REF, "power > 2.0**60", "power > 2.0**600",
+     "test_inputs.py -k 'magnitude and composed'"),
+    ("ref eps unscaled", REF, "spec.eps * unit.double().square()", "spec.eps",
+     "test_inputs.py -k 'magnitude and composed'"),
     ("ref group order", REF, "stat.view(n, groups, 1).expand(n, groups, c // groups)",
      "stat.view(n, 1, groups).expand(n, c // groups, groups)", INST_REF),
-    ("ref dtype of half", REF, "return y.to(x.dtype), mean, var", "return y, mean, var",
-     "test_instance_norm.py -k 'half and not triton'"),
-    ("ref input mutated", REF, "y, error = wide - mean", "y, error = wide.detach().sub_(mean)"
-     "+ 0 * mean", GAPS + "'mutated and not triton'"),
+    ("ref dtype of half", REF, "spec).to(x.dtype), stats", "spec), stats",
+     "test_instance_norm.py -k 'half and composed'"),
+    ("ref input mutated", REF, "        y = wide - mean", "        y = wide.detach().sub_(mean"
+     ".view(1, c, 1)) + 0 * mean", GAPS + "'mutated and composed'"),
     # affine and epilogue, reference
     ("ref row 0 for all", REF, "else table[labels])", "else table[labels * 0])",
-     "test_instance_norm.py -k 'loop and not triton'"),
+     "test_instance_norm.py -k 'loop and composed'"),
     ("ref one expand_dims", REF, "(table if labels is None else table[labels]).unsqueeze(-1)",
      "table.unsqueeze(-1) if labels is None else table[labels].unsqueeze(-2)",
      GAPS + "'rows and not triton'"),
-    ("ref gamma added in eval", REF, "scale = scale * gain\n    if error",
-     "scale = scale + gain if error is None else scale * gain\n    if error",
-     BATCH_REF),
+    ("ref gamma added in eval", REF, "scale = scale * gain\n    if given",
+     "scale = scale + gain if given is not None else scale * gain\n    if given", BATCH_REF),
     ("ref residual twice", REF, "residual is not None and not spec.residual_after_activation",
      "residual is not None", INST_REF),
     ("ref residual before, not after", REF, "residual is not None and spec.residual_after_activ",
@@ -79,11 +99,11 @@ MUTANTS = tuple(Mutant(*m) for m in (
     ("ref slope fixed", REF, "F.leaky_relu(y, spec.negative_slope, inplace)",
      "F.leaky_relu(y, 0.2, inplace)", INST_REF),
     # gradients, reference
-    ("ref relu mask side", REF, "threshold_backward(dy, pre, 0)", "threshold_backward(dy, -pre, 0)",
-     INST_REF),
-    ("ref slope in the gradient", REF, "leaky_relu_backward(dy, pre, spec.negative_slope",
-     "leaky_relu_backward(dy, pre, 0.2", INST_REF),
-    ("ref silu derivative", REF, "silu_backward(dy, pre)", "silu_backward(dy, -pre)", INST_REF),
+    ("ref relu mask side", REF, "threshold_backward.grad_input(dy, pre, 0",
+     "threshold_backward.grad_input(dy, -pre, 0", INST_REF),
+    ("ref slope in the gradient", REF, "slope = spec.negative_slope\n", "slope = 0.2\n", INST_REF),
+    ("ref silu derivative", REF, "silu_backward.grad_input(dy, pre,",
+     "silu_backward.grad_input(dy, -pre,", INST_REF),
     ("ref no mean term in dx", REF, ".sub_(a).to(x.dtype)", ".to(x.dtype)", INST_REF),
     ("ref no x_hat term in dx", REF, "x_hat, b, value=-1)", "x_hat, b, value=0)", INST_REF),
     ("ref mean over wrong count", REF, "a = _set_mean((g_sum if row is None else g_sum * row) / s",
@@ -92,58 +112,96 @@ MUTANTS = tuple(Mutant(*m) for m in (
      INST_REF),
     ("ref inner residual gradient", REF, "dbias, g.to(dy.dtype)", "dbias, dy", INST_REF),
     ("ref table gradient row", REF, "index_put_((labels,)", "index_put_((labels.flip(0),)",
-     "test_batch_norm.py -k 'against and not triton'"),
-    ("ref detached variance", REF, "(var.double() + spec.eps)",
-     "(var.detach().double() + spec.eps)", SECOND),
+     "test_batch_norm.py -k 'against and composed'"),
+    ("ref detached variance", REF, "(var + spec.eps)", "(var.detach() + spec.eps)", SECOND),
+    # torch's own kernels on a CPU
+    ("native far sets", NATIVE, "FAR = 8.0", "FAR = 1e9", "test_inputs.py -k 'offsets and torch'"),
+    ("native flat sets", NATIVE, "far | (rstd >= flattest) & (mean != 0)", "far",
+     "test_inputs.py -k 'flat and torch'"),
+    ("native overflow", NATIVE, " | ~(rstd > 1e-12) & mean.isfinite()", "",
+     "test_inputs.py -k 'magnitude and torch'"),
+    ("native containment", NATIVE, "return not bool((far",
+     "return bool(mean.isfinite().all()) and not bool((far",
+     "test_inputs.py -k 'containment and torch'"),
+    ("native shift", NATIVE, "shift = -mean * scale", "shift = mean * scale", BATCH_NATIVE),
+    ("native moments of planes", NATIVE, "var + (mean - centre).square_()", "var", BATCH_NATIVE),
+    ("native slope of dx", NATIVE, "slope = -b * rstd", "slope = b * rstd", BATCH_NATIVE),
+    ("native mean of dx", NATIVE, " - slope * mean.double()", "", BATCH_NATIVE),
+    ("native view", NATIVE, "aten._unsafe_view(out, (n, c, s))", "out.view(n, c, s)",
+     "test_inputs.py -k in_place"),
+    ("compiled code avoids the kernels", BACK, "maybe_current_level() is not None",
+     "maybe_current_level() is None", "test_ops.py -k compiled_code"),
+    ("the compiler gets torch's kernels", BACK, "and not compiling else", "else",
+     "test_ops.py -k 'compile and torch'"),
     # the autograd Function
-    ("constants in the double backward", AUTO, "if not ctx.given_stats:", "if ctx.spec.groups:",
-     SECOND),
+    ("constants in the double backward", AUTO, "if ctx.given else None",
+     "if ctx.spec.groups == 0 else None", SECOND),
     ("residual gradient missing", AUTO, "dresidual = dy  #", "dresidual = dy * 0  #", INST_REF),
     ("slope without the residual", AUTO, "residual if ctx.folded else None", "None", INST_REF),
-    ("no contiguous dy", AUTO, "dy.contiguous(), x, weight", "dy, x, weight",
-     GAPS + "'layout and triton'"),
+    ("raw kernels under create_graph", AUTO, "if torch.is_grad_enabled():", "if False:", SECOND),
+    # registered operators
+    ("op forgets the residual's place", OPS, "spec = NormSpec(groups, eps, activation, "
+     "negative_slope, residual_after_activation)", "spec = NormSpec(groups, eps, activation, "
+     "negative_slope)", "test_ops.py -k 'compile and triton'"),
+    ("op gives statistics of the batch", OPS, "torch.empty_like(t) for t in (weight, bias))",
+     "torch.empty_like(t).t() for t in (weight, bias))", "test_ops.py -k opcheck"),
+    ("op's residual gradient", OPS, "residual = dresidual if ctx.folded else dy",
+     "residual = dy", "test_ops.py -k 'compile and triton'"),
     # statistics, kernels
-    ("one-pass variance", TILE, "tile_square = tl.sum(tl.sum(centred * centred, 1), 0)",
-     "tile_square = tl.sum(tl.sum(x * x, 1), 0) - tile_count * tile_mean * tile_mean",
+    ("one-pass variance", HELD, "shifted - offset.to(DTYPE)[None, :, None]", "shifted",
      GAPS + "'outlier and triton'"),
-    ("no shift", TILE, "first_x = tl.load(x_ptr + corner).to(DTYPE)",
-     "first_x = tl.full([], 0.0, DTYPE)", "test_instance_norm.py -k 'constant and triton'"),
-    ("mean error dropped", TILE, "((x - mean) - error)", "(x - mean)",
+    ("no shift", TILE, "tl.load(x_ptr + offset, mask=g < sets, other=0).to(DTYPE)",
+     "tl.load(x_ptr + offset, mask=g < 0, other=0).to(DTYPE)",
+     "test_instance_norm.py -k 'constant and triton'"),
+    ("mean error dropped", TILE, "(mean64 - mean.to(tl.float64))", "(mean64 * 0)",
      GAPS + "'ladder and triton'"),
-    ("eps outside the root", TILE, "tl.sqrt(var + tl.full([], EPS, var.dtype))",
-     "(tl.sqrt(var) + tl.full([], EPS, var.dtype))", INST_TRI),
-    ("last tile unmasked", TILE, "(s < size)[None, :]", "(s >= 0)[None, :]", INST_TRI),
-    ("last planes unmasked", TILE, "mask = live[:, None] &", "mask = (p >= 0)[:, None] &",
-     BATCH_TRI),
-    ("Chan: weight of the mean", TILE, "delta * (tile_count / total)", "delta * 0.5", TILES_TRI),
-    ("Chan: weight of the square", TILE, "(count * tile_count / total)", "tile_count", TILES_TRI),
-    ("int32 planes", TILE, "start = plane // channels", "start = plane.to(tl.int32) // channels",
-     GAPS + "'past and triton'"),
-    ("int32 step", TILE, "p.to(tl.int64) * step", "p * step", GAPS + "tile_offsets"),
-    ("int32 group", INST, "    first = group * planes", "    first = (group * planes).to(tl.int32)",
-     GAPS + "'past and triton'"),
-    ("group off by one", INST, "group * planes, 1, planes", "group, 1, planes", INST_TRI),
-    ("stride of the channels", TILE, "plane % channels * stride_c\n    s",
-     "plane % channels * stride_n // channels\n    s", GAPS + "'layout and triton'"),
-    ("input taken as contiguous", FUN, "if rows.stride(2) != 1:", "if False:",
+    ("eps outside the root", TILE, "tl.rsqrt(var64 + tl.full([], EPS, tl.float64))",
+     "(1 / (tl.sqrt(var64) + tl.full([], EPS, tl.float64)))", HELD_TRI),
+    ("held squares overflow", TILE, 'huge = total == float("inf")', "huge = total < 0", MAGNITUDES),
+    ("split squares overflow", SPLIT, 'huge = square == float("inf")', "huge = square < 0",
+     MAGNITUDES),
+    ("pivot nowhere", TILE, "> 4.0) | (var == 0)", "> 1e9)", MAGNITUDES),
+    ("last elements unmasked", TILE, "live[:, :, None] & (s < size)", "live[:, :, None] & (s >= 0)",
+     HELD_TRI),
+    ("last planes unmasked", TILE, "(p < planes) & (g < sets)", "(p >= 0) & (g < sets)", HELD_TRI),
+    ("last sets unmasked", TILE, "(p < planes) & (g < sets)", "(p < planes) & (g >= 0)", HELD_TRI),
+    ("even where it is not", LAUNCH, "even = planes % block_p == 0 and", "even =", HELD_TRI),
+    ("Welford: weight of the mean", SPLIT, "delta * (1.0 / turn)", "delta * 0.5", CHUNKS),
+    ("Welford: the old mean twice", SPLIT, "first[None, :, None]) * scale - mean), 0.0)",
+     "first[None, :, None]) * scale - mean + delta / turn), 0.0)", CHUNKS),
+    ("Chan: lanes apart", SPLIT, "square + seen * (apart * apart)", "square", ELEMENTS),
+    ("Chan: chunks apart", SPLIT, "inner + share * apart * apart", "inner", CHUNKS),
+    ("Chan: share of a chunk", SPLIT, "tl.where(mask, mean * share, 0.0)",
+     "tl.where(mask, mean * size, 0.0)", CHUNKS),
+    ("parts of a plane", SPLIT, "p0 = chunk // parts * BLOCK_P", "p0 = chunk % parts * BLOCK_P",
+     ELEMENTS),
+    ("chunk's end", SPLIT, "tl.minimum(part * step + step, size)", "part * step + step", CHUNKS),
+    ("int32 offsets", TILE, "s.to(tl.int64) * stride_s", "s * stride_s", GAPS + "past_2"),
+    ("int32 sample", TILE, "offset = sample.to(tl.int64) * stride_n",
+     "offset = (sample * stride_n).to(tl.int32)", GAPS + "'past and triton'"),
+    ("group off by one", TILE, "g.to(tl.int64) * planes + p", "g.to(tl.int64) + p", HELD_TRI),
+    ("stride of the channels", TILE, "channel * stride_c)[", "channel * stride_n)[", SLICED),
+    ("residual's strides", LAUNCH, "residual = _dense(residual, call.strides)\n    mean",
+     "pass\n    mean", LAST),
+    ("gradient's strides", LAUNCH, "dy = _dense(dy, call.strides)", "pass",
      GAPS + "'layout and triton'"),
-    ("residual not contiguous", FUN, ".reshape(flat).contiguous()", ".reshape(flat)",
-     GAPS + "'layout and triton'"),
-    ("dtype of half", LAUNCH, "y = torch.empty(x.shape, dtype=x.dtype",
-     "y = torch.empty(x.shape, dtype=_stat_dtype(x)", "test_instance_norm.py -k 'half and triton'"),
+    ("dtype of half", LAUNCH, "y = torch.empty_strided(x.shape, call.strides, dtype=x.dtype",
+     "y = torch.empty_strided(x.shape, call.strides, dtype=call.statistics",
+     "test_instance_norm.py -k 'half and triton'"),
+    ("layout of channels_last", LAUNCH, "return last if size > 1 and c > 1 and stands",
+     "return last if False", LAST),
     # affine and epilogue, kernels
-    ("row 0 for all", TILE, "index += label * channels", "index += label * 0",
-     "test_instance_norm.py -k 'loop and triton'"),
-    ("label of the channel", TILE, "labels_ptr + plane // channels",
-     "labels_ptr + plane % channels", "test_instance_norm.py -k 'loop and triton'"),
-    ("label outside the table", TILE, 'tl.where(fits, weight, float("nan"))', "weight",
-     "test_batch_norm.py -k inside_the_table"),
-    ("gamma added", TILE, "* (rstd * weight) + bias\n", "* (rstd + weight) + bias\n", INST_TRI),
+    ("row 0 for all", TILE, "index += label * channels", "index += label * 0", LOOP),
+    ("label outside the table", TILE, 'float("nan"), weight)', "0.0, weight)", INSIDE),
+    ("masked planes poison", TILE, "live & ~fits", "~fits",
+     "test_batch_norm.py -k 'against and triton and float64 and silu'"),
+    ("gamma added", TILE, "scale = rstd[None, :] * weight", "scale = rstd[None, :] + weight",
+     INST_TRI),
     ("residual before, not after", TILE, "if RESIDUAL_AFTER:", "if not RESIDUAL_AFTER:", AFTER),
     ("slope fixed", TILE, "z * tl.full([], SLOPE, z.dtype), z)", "z * 0.2, z)", LEAKY),
     ("NaN lost in relu", TILE, "z = tl.where(z < 0, 0.0, z)", "z = tl.where(z > 0, z, 0.0)",
      "test_instance_norm.py -k 'poisons and triton'"),
-    ("eval statistics of the batch", BATCH, "    if GIVEN_STATS:", "    if False:", EVAL_TRI),
+    ("eval statistics of the batch", LAUNCH, "*(given or (None, None))", "None, None", EVAL_TRI),
     # gradients, kernels
     ("relu mask side", TILE, "tl.where(z <= 0, 0.0, dy)", "tl.where(z > 0, 0.0, dy)", RELU),
     ("relu gradient at 0", TILE, "tl.where(z <= 0, 0.0, dy)", "tl.where(z < 0, 0.0, dy)",
@@ -152,36 +210,48 @@ MUTANTS = tuple(Mutant(*m) for m in (
      GAPS + "'kink and triton'"),
     ("slope in the gradient", TILE, "dy * tl.full([], SLOPE, z.dtype))", "dy * 0.2)", LEAKY),
     ("silu derivative", TILE, "(1.0 + z * (1.0 - sigmoid))", "(1.0 + z * sigmoid)", SILU),
-    ("no mean term in dx", TILE, "dx - a / elements - x_hat", "dx - x_hat", INST_TRI),
-    ("no x_hat term in dx", TILE, " - x_hat * (b / elements)", "", INST_TRI),
-    ("mean over wrong count", TILE, "DTYPE) * planes * size", "DTYPE) * planes * size - 1",
-     INST_TRI),
-    ("eval gradient of training", TILE, "if not GIVEN_STATS:\n", "if True:\n", EVAL_TRI),
-    ("inner residual gradient", TILE, "tl.store(g_ptr + offsets, g.to",
+    ("no mean term in dx", HELD, " - a[None, :, None]", "", HELD_TRI),
+    ("no x_hat term in dx", HELD, " - x_hat * b[None, :, None]", "", HELD_TRI),
+    ("mean over wrong count", HELD, "DTYPE) * planes * size", "DTYPE) * planes * size - 1",
+     HELD_TRI),
+    ("split: no mean term in dx", SPLIT, " - a[None, :, None]", "", PLANES),
+    ("split: a part forgotten", SPLIT, "for part in range(0, parts):\n        for p",
+     "for part in range(0, 1):\n        for p", ELEMENTS),
+    ("eval gradient of training", LAUNCH, "(None, None) if given else (sums, None)", "(sums, None)",
+     EVAL_TRI),
+    ("inner residual gradient", HELD, "tl.store(g_ptr + offsets, g.to",
      "tl.store(g_ptr + offsets, (g * 0).to", INNER),
-    ("dweight and dbias swapped", LAUNCH, "_table_grad(sums[1], weight",
-     "_table_grad(sums[0], weight", INST_TRI),
-    ("table gradient row", TILE, "== row, value", "== row + 1, value",
-     "test_instance_norm.py -k 'loop and triton'"),
-    # ops
-    ("momentum flipped", FUN, "running), momentum)", "running), 1 - momentum)",
-     "test_batch_norm.py -k 'biased and not triton'"),
-    ("no running update", FUN, "running), momentum)", "running), 0.0)",
-     "test_batch_norm.py -k 'biased and not triton'"),
-    ("biased for unbiased", FUN, 'if var_estimator == "unbiased":', 'if var_estimator == "biased":',
-     "test_batch_norm.py -k 'biased and not triton'"),
-    ("instance variance biased", FUN, "count = math.prod(input.shape[2:])\n",
-     "count = 10**9\n", "test_instance_norm.py -k 'running and not triton'"),
-    ("non-finite update", FUN, "in pairs]).all(0)", "in pairs]).all(0) | True",
+    ("dweight and dbias swapped", HELD, "tl.where(hit, gx_sum, 0.0)", "tl.where(hit, g_sum, 0.0)",
+     BATCH_TRI),
+    ("held table's row", HELD, "(label == row)", "(label == row + 1)", BATCH_TRI),
+    ("table gradient row", SPLIT, "other=-1) == row", "other=-1) == row + 1", LOOP),
+    ("table gradient parts", SPLIT, "for part in range(0, parts):\n            of",
+     "for part in range(0, 1):\n            of", ELEMENTS),
+    # running statistics
+    ("kernel: momentum flipped", TILE, "(mean - old) * momentum", "(mean - old) * (1 - momentum)",
+     RUNNING),
+    ("kernel: no running variance", TILE, "(var - old) * momentum", "(var - old) * 0", RUNNING),
+    ("kernel: biased variance", TILE, "var = var * bessel", "var = var * 1.0", RUNNING),
+    ("kernel: non-finite update", TILE, "live & (mean - mean == 0) & (var - var == 0)", "live",
+     RUNNING),
+    ("momentum flipped", REF, "new, buffer), momentum)", "new, buffer), 1 - momentum)", BIASED),
+    ("no running update", REF, "new, buffer), momentum)", "new, buffer), 0.0)", BIASED),
+    ("biased for unbiased", FUN, 'if var_estimator == "unbiased" else',
+     'if var_estimator == "biased" else',
+     BIASED),
+    ("instance variance biased", FUN, "momentum, count / (count - 1))", "momentum, 1.0)",
+     "test_instance_norm.py -k 'running and not triton'"),
+    ("non-finite update", REF, "in pairs]).all(0)", "in pairs]).all(0) | True",
      "test_batch_norm.py -k 'finite and not triton'"),
-    ("non-finite variance", FUN, "for _, new in pairs]).all(0)", "for _, new in pairs])[0]",
+    ("non-finite variance", REF, "for _, new in pairs]).all(0)", "for _, new in pairs])[0]",
      GAPS + "'overflow and not triton'"),
     ("degenerate ignored", FUN, 'if count == 1 and degenerate != "beta":', "if count == 1:",
      "test_batch_norm.py -k 'one_value and not triton'"),
     ("no size check, batch", FUN, "if count == 1 and degenerate", "if count == 0 and degenerate",
      "test_batch_norm.py -k 'one_value and not triton'"),
-    ("op evaluates with the batch's", FUN, "stats if stats is not None else (None, None)",
-     "(None, None)", BATCH_REF),
+    ("op evaluates with the batch's", FUN,
+     "stats = (running_mean, running_var)\n        return _normalize(x",
+     "stats = None\n        return _normalize(x", BATCH_REF),
     ("layout forgotten", FUN, "return torch.channels_last if channels_last else",
      "return", "test_instance_norm.py -k channels_last"),
     ("no size check, instance", CHECKS, "math.prod(x.shape[2:]) == 1", "False", REFUSE),
@@ -189,27 +259,37 @@ MUTANTS = tuple(Mutant(*m) for m in (
     ("label past the table", CHECKS, "high >= rows:", "high > rows:", REFUSE),
     ("devices unchecked", CHECKS, "t.device != x.device", "t.device == x.device is None", REFUSE),
     # layers and convert
-    ("gamma starts at 0", NORMS, "nn.init.normal_(self.weight, *self.weight_init)",
+    ("gamma starts at 0", BASE, "nn.init.normal_(self.weight, *self.weight_init)",
      "nn.init.normal_(self.weight, 0.0, self.weight_init[1])", GAPS + "starts"),
-    ("running_var starts at 0", NORMS, "torch.ones(num_features) if tracked",
-     "torch.zeros(num_features) if tracked", GAPS + "starts"),
-    ("layer evaluates with the batch's", NORMS, "training = norm.training or", "training = True or",
+    ("running_var starts at 0", BASE, '("running_var", 1)', '("running_var", 0)', GAPS + "starts"),
+    ("bias=False ignored", BASE, "if not bias:", "if False:", "test_layers.py -k without_bias"),
+    ("layer evaluates with the batch's", BASE, "mean is None and var is None, 0.0)", "True, 0.0)",
      LAYERS + " -k twins"),
-    ("batches not counted", NORMS, "num_batches_tracked.add_(1)", "num_batches_tracked.add_(0)",
-     LAYERS),
+    ("batches not counted", BASE, "count.add_(1)", "count.add_(0)", LAYERS),
+    ("empty batches counted", BASE, "if count is not None and input.numel():",
+     "if count is not None:", "test_layers.py -k not_counted"),
+    ("share of the average", BASE, "1.0 / (count + 1)", "1.0 / (count + 2)",
+     "test_layers.py -k not_counted"),
+    ("statistics not switched off", BASE, "return run(None, None, True, 0.0)",
+     "return run(mean, var, True, 0.5)", "test_layers.py -k switched"),
     ("epilogue ignored by a layer", NORMS,
      "self.bias, self.eps, **self.epilogue.kwargs(residual)\n", "self.bias, self.eps\n",
      LAYERS + " -k build"),
-    ("residual ignored by layers", NORMS, '"residual": residual}', '"residual": None}', LAYERS),
-    ("convert forgets eps", CONV, "return norm.eps, norm.momentum", "return 1e-5, norm.momentum",
-     "test_conversion.py -k itself"),
-    ("convert forgets momentum", CONV, "return norm.eps, norm.momentum", "return norm.eps, 0.1",
-     "test_conversion.py -k itself"),
-    ("convert forgets the mode", CONV, "ours.train(norm.training)", "ours",
-     "test_conversion.py -k itself"),
-    ("convert fuses twice", CONV, "if activation is None or norm.epilogue.activation is not None:",
-     "if activation is None:", GAPS + "fused_activation"),
-    ("convert keeps the activation", CONV, "replacement._modules[behind] = nn.Identity()", "pass",
+    ("residual ignored by layers", BASE, '"residual": residual}', '"residual": None}', LAYERS),
+    ("residual of one image", NORMS, "None if residual is None else residual.unsqueeze(0)", "None",
+     LAYERS + " -k one_image"),
+    ("convert over a forward", CONV, 'and "forward" not in norm.__dict__', "",
+     "test_conversion.py -k replaced"),
+    ("convert fuses twice", CONV, "norm.epilogue.activation is not None", "False",
+     GAPS + "fused_activation"),
+    ("convert fuses for all holders", CONV, "fused = copy.copy(norm)", "fused = norm",
+     "test_conversion.py -k slice"),
+    ("convert fuses a norm held twice", CONV, "uses[id(norm)] > 1", "uses[id(norm)] > 9",
+     "test_conversion.py -k several_places"),
+    ("convert fuses past hooks", CONV, "or _watched(norm)", "", "test_conversion.py -k hooks_see"),
+    ("convert forgets the slope", CONV, 'getattr(follower, "negative_slope", 0.2)', "0.2",
+     "test_conversion.py -k which"),
+    ("convert keeps the activation", CONV, "fused, nn.Identity()", "fused, follower",
      "test_conversion.py -k 'unet or twice'"),
 ))
 # fmt: on
@@ -231,11 +311,9 @@ def mutated(source: str, mutant: Mutant) -> str:
     return source.replace(mutant.old, mutant.new)
 
 
-def caught(mutant: Mutant, repo: Path) -> bool:
-    """Put the bug into a copy of the repository: do the mutant's tests fail there?"""
-    path = repo / mutant.file
-    path.write_text(mutated(path.read_text(encoding="utf-8"), mutant), encoding="utf-8")
-    file, *selection = shlex.split(mutant.tests)
+def fails(tests: str, repo: Path) -> bool:
+    """Whether `tests` fail in a copy of the repository; RuntimeError where none was run."""
+    file, *selection = shlex.split(tests)
     options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo)}
     result = subprocess.run(
@@ -243,8 +321,19 @@ def caught(mutant: Mutant, repo: Path) -> bool:
         cwd=repo, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     if result.returncode > 1:  # no test ran; below 0: a crash, which counts as caught
-        raise RuntimeError(f"{mutant.name}: pytest {mutant.tests}\n{result.stdout}{result.stderr}")
+        raise RuntimeError(f"pytest tests/{tests}\n{result.stdout}{result.stderr}")
     return result.returncode != 0
+
+
+def caught(mutant: Mutant | str) -> bool:
+    """Put the bug into a copy of the repository, or none (a selection alone): do the tests fail?"""
+    with tempfile.TemporaryDirectory() as folder:
+        repo = copy(Path(folder))
+        if isinstance(mutant, str):
+            return fails(mutant, repo)
+        path = repo / mutant.file
+        path.write_text(mutated(path.read_text(encoding="utf-8"), mutant), encoding="utf-8")
+        return fails(mutant.tests, repo)
 
 
 def main(names: list[str]) -> int:
@@ -252,14 +341,19 @@ def main(names: list[str]) -> int:
     if unknown:
         raise SystemExit(f"unknown mutants: {', '.join(sorted(unknown))}")
     chosen = [m for m in MUTANTS if not names or m.name in names]
+    selections = list(dict.fromkeys(m.tests for m in chosen))
     survived = 0
-    progress = tqdm(chosen, unit="mutant", dynamic_ncols=True)
-    for mutant in progress:
-        progress.set_description(mutant.name)
-        with tempfile.TemporaryDirectory() as folder:
-            dead = caught(mutant, copy(Path(folder)))
-        survived += not dead
-        tqdm.write(f"{'caught  ' if dead else 'SURVIVED'}  {mutant.name}", file=sys.stdout)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sound = pool.map(caught, selections)
+        progress = tqdm(
+            zip(selections, sound, strict=True), total=len(selections), unit="selection"
+        )
+        if broken := [tests for tests, failed in progress if failed]:
+            raise SystemExit("these fail without a bug: " + "; ".join(broken))
+        results = zip(chosen, pool.map(caught, chosen), strict=True)
+        for mutant, dead in tqdm(results, total=len(chosen), unit="mutant", dynamic_ncols=True):
+            survived += not dead
+            tqdm.write(f"{'caught  ' if dead else 'SURVIVED'}  {mutant.name}", file=sys.stdout)
     print(f"{len(chosen) - survived} caught, {survived} survived")
     return 1 if survived else 0
 

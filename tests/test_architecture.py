@@ -10,19 +10,21 @@ FLOORS = (
     ("gannorm.errors",),
     ("gannorm.config",),
     ("gannorm.kernels", "gannorm.reference"),
+    ("gannorm.native",),
     ("gannorm.autograd", "gannorm.ops"),
     ("gannorm.backend", "gannorm.checks"),
     ("gannorm.functional",),
     (
         "gannorm.conversion",
+        "gannorm.layers",
         "gannorm.norms",
         "gannorm",
     ),  # and what __init__ re-exports
-    ("gannorm.losses", "gannorm.models"),
+    ("gannorm.augment", "gannorm.losses", "gannorm.models", "gannorm.norm_table"),
     ("gannorm.data",),
-    ("gannorm.metrics", "gannorm.monitor", "gannorm.checkpoint"),
+    ("gannorm.metrics", "gannorm.monitor", "gannorm.checkpoint", "gannorm.diagnostics"),
     ("gannorm.tasks",),
-    ("gannorm.trainer", "gannorm.inference"),
+    ("gannorm.trainer", "gannorm.inference", "gannorm.inspection"),
     ("gannorm.__main__", "train"),
 )
 LEVEL = {module: level for level, modules in enumerate(FLOORS) for module in modules}

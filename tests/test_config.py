@@ -156,8 +156,9 @@ def test_an_unknown_key_is_named_with_the_nearest(typo: str, meant: str):
     "change",
     [
         "trainer.steps=many", "trainer.steps=2.5", "trainer.steps=null", "norm.affine=maybe",
-        "norm.backend=cuda", "trainer.device=gpu", "trainer.precision=fp8", "loss.gan=wgan",
-        "seed=x", "optim.lr_g=fast", "optim.clip_norm=much", "model.cycle_weight=[1]",
+        "norm.backend=cuda", "trainer.device=gpu", "trainer.precision=fp8", "loss.gan=gan",
+        "seed=x", "metrics.extractor=vgg",
+        "metrics.best=beauty", "optim.lr_g=fast", "optim.clip_norm=much", "model.cycle_weight=[1]",
     ],
 )  # fmt: skip
 def test_a_wrong_type_names_the_key(change: str):
@@ -198,6 +199,8 @@ def test_a_removed_key_is_missing_not_unknown(key: str):
         "optim.ema_decay=2.0", "optim.ema_start=-1", "optim.decay_from=1.1", "optim.d_steps=0",
         "optim.clip_norm=0.0", "data.batch_size=0", "data.image_size=0", "data.num_workers=-1",
         "data.channels=2", "model.width=0", "model.d_width=0", "model.blocks=-1",
+        "metrics.samples=0", "metrics.standing_batches=-1", "metrics.patience=0",
+        "loss.r1=-1.0", "loss.r2=nan", "loss.gradient_penalty=-1.0",
         "model.pool_size=-1", "model.cycle_weight=-1.0", "norm.eps=-1.0", "norm.eps=nan",
     ],
 )  # fmt: skip
@@ -224,6 +227,16 @@ def test_a_choices_own_value_out_of_range_is_named(choice: str, change: str):
     assert refused(change, choices=(choice,)).startswith(change.partition("=")[0] + "=")
 
 
+def test_losses_that_cannot_work_say_why():
+    assert "loss.gradient_penalty=10" in refused("loss.gan=wgan")
+    for key in ("r1", "r2", "gradient_penalty"):
+        message = refused(f"loss.{key}=1", choices=("norm=batch",))
+        assert "norm=batch" in message and "choose norm= instance, group, layer, none" in message
+        build(composed("model=resblock_gan", "norm=batch", f"loss.{key}=1", *SMALL))
+    message = refused("loss.diffaugment=[colour]")
+    assert message.startswith("loss.diffaugment") and "color, translation, cutout" in message
+
+
 def test_sizes_that_cannot_work_say_why():
     assert "data.image_size is 16" in refused("data.image_size=16", choices=RESBLOCK_GAN)
     assert "multiple of 4" in refused("data.image_size=30")
@@ -244,7 +257,8 @@ RESBLOCK = [
 def schema() -> list[type]:
     """The classes that a run's config is made of."""
     sections = [kind for kinds in SECTIONS.values() for kind in kinds.values()]
-    return [Config, config.LossConfig, config.OptimConfig, config.TrainerConfig, *sections]
+    plain = [config.LossConfig, config.OptimConfig, config.TrainerConfig, config.MetricsConfig]
+    return [Config, *plain, *sections]
 
 
 @contextmanager
@@ -297,6 +311,10 @@ def run_everything(root: Path) -> None:
     mnist = ["data=mnist", f"data.root={root / 'mnist'}", "data.download=false"]
     train(composed(*CYCLEGAN, "data=folder_pair", *pair), root / "a")
     train(composed(*RESBLOCK), root / "b")
+    missing = ["metrics.extractor=inception", f"metrics.weights={root / 'missing'}"]
+    with pytest.raises(RequestError, match="missing"):
+        train(composed(*CYCLEGAN, "data=folder_pair", *pair, *missing), root / "d")
+    assert not (root / "d").exists()
     train(composed(*RESBLOCK, *mnist), root / "c")
     for norm in SECTIONS["norm"]:
         model = RESBLOCK if norm.startswith("conditional") else CYCLEGAN
@@ -306,7 +324,9 @@ def run_everything(root: Path) -> None:
 @pytest.fixture(scope="module")
 def reads(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
     with pytest.MonkeyPatch.context() as patch, recorded() as reads:
-        patch.setattr("gannorm.metrics.STEPS", 2)  # of the classifiers, which are not at issue
+        patch.setattr(
+            "gannorm.metrics.features.STEPS", 2
+        )  # of the classifiers, which are not at issue
         run_everything(tmp_path_factory.mktemp("runs"))
     return reads
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from parity import close
 
 from gannorm import functional as G
 from gannorm import use_backend
@@ -69,6 +70,99 @@ def test_refusals(call, error, words):
         call()
 
 
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize(
+    "dim", [0, -1, (0, 2, 3), [2, 3], (-1, -2), (3, 0), torch.Size([1])], ids=str
+)
+def test_moments(dim, keepdim):
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 2, 5).double().requires_grad_()
+    mean, var = G.moments(x, dim, keepdim)
+    dims = dim if isinstance(dim, int) else tuple(dim)
+    expected = torch.mean(x, dims, keepdim), torch.var(x, dims, correction=0, keepdim=keepdim)
+    for a, e in zip((mean, var), expected, strict=True):
+        close(a, e, 1e-12)
+        (da,) = torch.autograd.grad(a.pow(3).sum(), x, retain_graph=True)
+        (de,) = torch.autograd.grad(e.pow(3).sum(), x, retain_graph=True)
+        close(da, de, 1e-12)
+    step = torch.compile(G.moments, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+    close(step(x, dim, keepdim)[1], var, 1e-12)
+
+
+@pytest.mark.parametrize("dim", [0, 1, (0, 1), (0, 2), (2,)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (0, 0, 3)], ids=str)
+def test_moments_of_nothing(shape, dim):
+    x = torch.ones(shape)
+    for a, e in zip(G.moments(x, dim), (x.mean(dim), x.mean(dim)), strict=True):
+        torch.testing.assert_close(a, e, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "dim,error,words",
+    [
+        ((), ValueError, r"dim=\(\).*\(0, 1, 2, 3\)"),
+        ((0, -4), ValueError, r"dim=\(0, -4\).*twice.*\(4, 6, 3, 3\)"),
+        ([1, 4], ValueError, r"dim=\[1, 4\].*-4\.\.3"),
+        (-5, ValueError, r"dim=-5.*-4\.\.3"),
+        (None, TypeError, "dim=None"),
+        ("0", TypeError, "dim='0'"),
+    ],
+)
+def test_dimensions_that_moments_refuses(dim, error, words):
+    with pytest.raises(error, match=f"moments: .*{words}"):
+        G.moments(X, dim)
+
+
+STAT = torch.ones(1, 6, 1, 1)
+
+
+def test_batch_normalization():
+    torch.manual_seed(0)
+    mean, scale, offset = (torch.randn(1, 6, 1, 1) for _ in range(3))
+    var = torch.rand(1, 6, 1, 1)
+    y = G.batch_normalization(X, mean, var, offset, scale, 1e-3)
+    flat = [t.flatten() for t in (mean, var, scale, offset)]
+    close(y, torch.nn.functional.batch_norm(X, *flat, eps=1e-3), 1e-5)
+    plain = G.batch_normalization(X, mean, var, None, None, 1e-3)
+    close(y, plain * scale + offset, 1e-5)
+    rows = torch.randn(4, 6, 1, 1)  # per sample, and fewer dimensions than the input
+    assert G.batch_normalization(X, rows, var[0], None, rows, 1e-3).shape == X.shape
+
+
+@pytest.mark.parametrize(
+    "change,error,words",
+    [
+        ({"x": X.int()}, TypeError, "input.*int32.*float"),
+        ({"mean": torch.ones(6)}, ValueError, r"mean of shape \(6,\).*\(4, 6, 3, 3\).*1, C, 1"),
+        ({"variance": torch.ones(5, 1, 1)}, ValueError, r"variance of shape \(5, 1, 1\)"),
+        ({"offset": torch.ones(2, 6, 1, 1)}, ValueError, r"offset of shape \(2, 6, 1, 1\)"),
+        ({"scale": torch.ones(1, 6, 2, 1)}, ValueError, r"scale of shape \(1, 6, 2, 1\)"),
+        ({"mean": STAT.int()}, TypeError, "mean.*int32"),
+        ({"variance": None}, TypeError, "variance.*NoneType"),
+        ({"offset": 0.5}, TypeError, "offset.*got float"),
+        ({"scale": STAT.to("meta")}, ValueError, "scale is on meta, the input on cpu"),
+    ],
+)
+def test_what_batch_normalization_refuses(change, error, words):
+    arguments = {"x": X, "mean": STAT, "variance": STAT, "offset": STAT, "scale": STAT}
+    with pytest.raises(error, match=f"batch_normalization: {words}"):
+        G.batch_normalization(**arguments | change, variance_epsilon=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3), (0, 0)], ids=str)
+def test_layer_norm_of_nothing(shape):
+    x, w = torch.ones(shape, requires_grad=True), torch.ones(shape[1:])
+    y = G.layer_norm(x, shape[1:], w, w)
+    assert y.shape == shape
+    y.sum().backward()
+    assert x.grad.shape == shape
+
+
+def test_layer_norm_of_one_size():
+    close(G.layer_norm(X, 3), torch.nn.functional.layer_norm(X, (3,)), 1e-5)
+
+
 def test_unknown_backend_is_refused():
     with pytest.raises(RequestError, match="cuda.*auto, triton, torch"), use_backend("cuda"):
         pass
@@ -78,7 +172,7 @@ def test_use_backend_nests_and_restores():
     with use_backend("torch"):
         with use_backend("triton"):
             assert module_for(X).__name__ == "gannorm.kernels"
-        assert module_for(X).__name__ == "gannorm.reference"
+        assert module_for(X).__name__ == "gannorm.native"
     assert (module_for(X).__name__ == "gannorm.kernels") == X.is_cuda
 
 

@@ -136,6 +136,34 @@ def test_same_seed_same_images_whatever_the_count(runs, tmp_path):
     assert len({(many / name).read_bytes() for name in names(many)}) == 70  # no noise twice
 
 
+def test_truncation_keeps_the_noise_within_it(made, tmp_path, monkeypatch):
+    """Normal noise without its tails, from the seed; less varied images."""
+    folder, task = made["sample"]
+    seen = []
+
+    def watched(*arguments):
+        net = build_task(*arguments)
+        net.averaged["G"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        return net
+
+    monkeypatch.setattr("gannorm.inference.build_task", watched)
+    spread = {}
+    for name, extra in (("all", []), ("within", ["--truncation", 0.5])):
+        out = tmp_path / name
+        gannorm("sample", folder, "--class", 3, "--count", 60, *extra, "--out", out)
+        spread[name] = np.stack([pixels(out / each) for each in names(out)]).std(0).mean()
+    plain, truncated = seen
+    assert plain.abs().max() > 2 and truncated.shape == plain.shape
+    assert 0.45 < truncated.abs().max() <= 0.5 and len(truncated.unique()) > 500
+    # The normal density between -0.5 and 0.5 is nearly flat: its deviation is 0.283.
+    assert abs(float(truncated.std()) - 0.283) < 0.02
+    assert 0 < spread["within"] < 0.7 * spread["all"]
+    again = tmp_path / "again"
+    gannorm("sample", folder, "--class", 3, "--count", 2, "--truncation", 0.5, "--out", again)
+    for each in names(again):
+        assert (again / each).read_bytes() == (tmp_path / "within" / each).read_bytes()
+
+
 def test_the_class_changes_the_image(runs, tmp_path):
     for k in (0, 9):
         gannorm("sample", runs["sample"], "--class", k, "--count", 2, "--out", tmp_path)
@@ -148,6 +176,8 @@ def test_the_class_changes_the_image(runs, tmp_path):
     "args,words",
     [
         (("--class", 10), "--class 10: the model has classes 0 to 9"),
+        (("--truncation", 0), "--truncation 0.0 must be positive"),
+        (("--truncation", "nan"), "--truncation nan must be positive"),
         (("--class", -1), "--class -1"),
         (("--count", 0), "--count 0"),
         (("--count", -5), "--count -5"),

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from parity import BACKENDS, close
+from parity import BACKENDS, close, use_backend
 from torch.nn import functional as F
 
 from gannorm import functional as G
-from gannorm import use_backend
 
 LABELS = torch.tensor([2, 0, 2])
 
@@ -108,17 +107,59 @@ def test_a_gradient_of_stride_0(backend, op):
 @pytest.mark.parametrize("offset", [0, 1, 10, 100, 1e3, 1e4, 1e5, 1e6])
 def test_offsets(backend, op, offset):
     """Unit variance far from 0: never worse than torch, by far better at large offsets."""
+    ours, theirs = OPS[op]
+    errors = {"ours": [], "torch": []}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        x = (torch.randn(3, 4, 32, 40).double() + offset).float()
+        w, b = torch.randn(3, 4), torch.randn(3, 4)
+        oracle = theirs(x.double(), w.double(), b.double())
+        with use_backend(backend):
+            errors["ours"].append((ours(x, w, b) - oracle).abs().max())
+        errors["torch"].append((theirs(x, w, b) - oracle).abs().max())
+    limit = max(errors["torch"])
+    # torch has no conditional op, only its own norm and two more; the composition is what the
+    # compiler fuses, not what an eager call takes. Both are right to the last place.
+    if op.startswith("conditional") or backend == "composed":
+        limit += 2 * torch.finfo(torch.float32).eps * float(oracle.abs().max())
+    assert max(errors["ours"]) <= limit
+    assert max(errors["ours"]) < 5e-6  # at 1e6 torch's is 1e-2 to 1e-1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("magnitude", [1e30, 3e18])
+def test_magnitude_of_1e30(backend, op, magnitude):
+    """The squares of float32 overflow, or nearly; a set of ordinary size stays what it was."""
     torch.manual_seed(0)
-    x = (torch.randn(3, 4, 16, 20).double() + offset).float()
+    x = torch.randn(3, 4, 8, 10) + 0.5
+    x[:, 2:] *= magnitude
     w, b = torch.randn(3, 4), torch.randn(3, 4)
     ours, theirs = OPS[op]
-    oracle = theirs(x.double(), w.double(), b.double())
+    x.requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    dy = torch.randn(x.shape)
     with use_backend(backend):
-        error = float((ours(x, w, b) - oracle).abs().max())
-    torchs = float((theirs(x, w, b) - oracle).abs().max())
-    last_places = 3 * torch.finfo(torch.float32).eps * float(oracle.abs().max())
-    assert error <= max(torchs, last_places)
-    assert error < 5e-6  # at 1e6 torch's is 1e-2 to 1e-1
+        y = ours(x, w, b)
+        (dx,) = torch.autograd.grad(y, x, dy)
+    oracle = theirs(wide, w.double(), b.double())
+    (expected,) = torch.autograd.grad(oracle, wide, dy.double())
+    close(y.double(), oracle, 1e-5)
+    for a, e in zip(dx.double().split(2, 1), expected.split(2, 1), strict=True):
+        assert (a - e).abs().max() <= 1e-3 * e.abs().max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("value", [0.01, -0.3, 3.3, 1e3, 1e7, 1e10])
+def test_flat_sets_give_exactly_the_bias(backend, op, value):
+    torch.manual_seed(0)
+    x = torch.full((3, 4, 6, 7), value)
+    w, b = torch.randn(3, 4), torch.randn(3, 4)
+    table = b[LABELS] if op.startswith("conditional") else b[:1].expand(3, 4)
+    with use_backend(backend):
+        y = OPS[op][0](x, w, b)
+    assert torch.equal(y, table[:, :, None, None].expand_as(x))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -140,11 +181,9 @@ def test_half_precision(backend, op, dtype, same):
         grads = torch.autograd.grad(y, [x, w, b], dy)
     expected = torch.autograd.grad(oracle, wide, dy.double())
     assert y.dtype == dtype and [g.dtype for g in grads] == [dtype, kind, kind]
-    # Half a unit in the last place; the interpreter truncates to bfloat16: a whole one.
-    truncates = backend == "triton" and dtype == torch.bfloat16 and not x.is_cuda
     for a, e in zip((y, *grads), (oracle, *expected), strict=True):
         unit = torch.finfo(a.dtype).eps * e.abs().clamp(min=torch.finfo(a.dtype).tiny)
-        limit = unit * (1.0 if truncates else 0.5) + 2e-5 * max(1.0, e.abs().max().item())
+        limit = unit * 0.5 + 2e-5 * max(1.0, e.abs().max().item())
         assert ((a.double() - e).abs() <= limit).all()
 
 
@@ -191,3 +230,18 @@ def test_labels_of_every_sample_equal_the_loop(backend):
             same = torch.full((4,), i)
             row = G.conditional_batch_norm(x, same, None, None, w, b, True)
             assert torch.equal(row[i], y[i])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_a_caller_may_work_in_place_on_the_output(backend, op):
+    """As `nn.ReLU(inplace=True)` behind a norm does."""
+    torch.manual_seed(0)
+    w, b = torch.randn(3, 4).double(), torch.randn(3, 4).double()
+    grads = []
+    for inplace in (True, False):
+        x = BIG[:, :4].clone().requires_grad_()
+        with use_backend(backend):
+            y = F.relu(OPS[op][0](x, w, b), inplace)
+        grads += torch.autograd.grad(y, x, y.detach().cos())
+    close(*grads, 1e-12)

@@ -2,11 +2,19 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from gannorm.losses import ImagePool, discriminator_loss, generator_loss
+from gannorm.config import GanLoss, LossConfig
+from gannorm.losses import (
+    ImagePool,
+    discriminator_loss,
+    discriminator_objective,
+    generator_loss,
+    judged_right,
+)
 
 REAL, FAKE = torch.tensor([2.0, 0.5, -1.0, 0.0]), torch.tensor([-3.0, 0.0, 0.5, 1.0])
 
@@ -49,6 +57,147 @@ def test_gradients_pull_apart(kind):
     fake.grad = None
     generator_loss(fake, kind).backward()
     assert (fake.grad < 0).all()
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def formula(kind: str, real, fake):
+    """(D's loss, dD/dreal, dD/dfake, G's loss, dG/dfake) of four logits each, written out."""
+    if kind == "nonsaturating":
+        return (
+            -np.log(sigmoid(real)).mean() - np.log(1 - sigmoid(fake)).mean(),
+            -sigmoid(-real) / 4, sigmoid(fake) / 4,
+            -np.log(sigmoid(fake)).mean(), -sigmoid(-fake) / 4,
+        )  # fmt: skip
+    if kind == "wgan":
+        one = np.full(4, 0.25)
+        return fake.mean() - real.mean(), -one, one, -fake.mean(), -one
+    lead = real - fake
+    return (
+        np.log(1 + np.exp(-lead)).mean(), -sigmoid(-lead) / 4, sigmoid(-lead) / 4,
+        np.log(1 + np.exp(lead)).mean(), -sigmoid(lead) / 4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["nonsaturating", "wgan", "relativistic"])
+def test_losses_and_their_gradients_are_the_formulas(kind: str):
+    d, d_real, d_fake, g, g_fake = formula(kind, REAL.double().numpy(), FAKE.double().numpy())
+    real, fake = REAL.clone().requires_grad_(), FAKE.clone().requires_grad_()
+    loss = discriminator_loss(real, fake, kind)
+    loss.backward()
+    assert loss.item() == pytest.approx(d, rel=1e-6)
+    np.testing.assert_allclose(real.grad, d_real, rtol=1e-5)
+    np.testing.assert_allclose(fake.grad, d_fake, rtol=1e-5)
+    fake.grad = None
+    loss = generator_loss(fake, kind, REAL)
+    loss.backward()
+    assert loss.item() == pytest.approx(g, rel=1e-6)
+    np.testing.assert_allclose(fake.grad, g_fake, rtol=1e-5)
+    half = discriminator_loss(REAL.bfloat16(), FAKE.bfloat16(), kind)
+    assert half.dtype == torch.float32 and float(half) == pytest.approx(d, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["nonsaturating", "relativistic"])
+def test_confident_logits_do_not_overflow(kind: str):
+    sure = torch.tensor([1e4])
+    for real, fake in ((sure, -sure), (-sure, sure)):
+        assert discriminator_loss(real, fake, kind).isfinite()
+        assert generator_loss(fake, kind, real).isfinite()
+
+
+def test_what_is_judged_right():
+    shares = {kind.name: judged_right(REAL, FAKE, kind.name) for kind in GanLoss}
+    assert [[float(s) for s in shares[k]] for k in ("lsgan", "hinge", "wgan")] == [
+        [0.25, 0.5],  # of 2, 0.5, -1, 0 above 0.5; of -3, 0, 0.5, 1 below it
+        [0.5, 0.25],
+        [0.5, 0.5],  # pairs
+    ]
+    assert shares["nonsaturating"] == shares["hinge"] and shares["relativistic"] == shares["wgan"]
+
+
+# ---- penalties, on D(x) = x'Ax / 2 + b'x, whose gradient at x is Ax + b
+
+
+def settings(**weights) -> LossConfig:
+    zero = {"r1": 0.0, "r2": 0.0, "gradient_penalty": 0.0, "diffaugment": []}
+    return LossConfig(**{"gan": GanLoss["wgan"], **zero, **weights})
+
+
+class Quadratic:
+    def __init__(self, patches: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        a, self.b = torch.randn(12, 12, generator=generator), torch.randn(12, generator=generator)
+        self.a, self.patches = (a + a.T) / 2, patches
+        self.a.requires_grad_(), self.b.requires_grad_()
+        self.real, self.fake = (torch.randn(5, 3, 2, 2, generator=generator) for _ in range(2))
+
+    def judge(self, *images: Tensor) -> list[Tensor]:
+        flat = [x.flatten(1) for x in images]
+        logits = [((x @ self.a) * x).sum(1) / 2 + x @ self.b for x in flat]
+        if self.patches == 1:
+            return logits
+        spread = torch.linspace(-1, 1, self.patches)  # patches differ, their mean does not
+        return [z.view(-1, 1, 1, 1) + spread.view(1, 1, 1, -1) for z in logits]
+
+    def slopes(self, images: Tensor) -> np.ndarray:
+        x, a, b = (t.detach().double().numpy() for t in (images.flatten(1), self.a, self.b))
+        return x @ a + b
+
+
+@pytest.mark.parametrize("patches", [1, 6])
+@pytest.mark.parametrize("kind", [kind.name for kind in GanLoss])
+@pytest.mark.parametrize("r1,r2", [(3.0, 0.0), (0.0, 5.0), (3.0, 5.0)])
+def test_r1_and_r2_are_the_formulas(kind, r1, r2, patches):
+    """r1/2 * mean |Ax + b|^2, whose derivative by b is r1 * mean(Ax + b)."""
+    d = Quadratic(patches)
+    cfg = settings(r1=r1, r2=r2, gan=GanLoss[kind])
+    loss, penalty, logits = discriminator_objective(d.judge, d.real, d.fake, cfg)
+    real, fake = d.slopes(d.real), d.slopes(d.fake)
+    expected = r1 / 2 * (real**2).sum(1).mean() + r2 / 2 * (fake**2).sum(1).mean()
+    assert float(penalty.detach()) == pytest.approx(expected, rel=1e-5)
+    (slope,) = torch.autograd.grad(penalty, d.b, retain_graph=True)
+    np.testing.assert_allclose(slope, r1 * real.mean(0) + r2 * fake.mean(0), rtol=1e-4, atol=1e-4)
+    assert torch.equal(loss, discriminator_loss(*d.judge(d.real, d.fake), kind))
+    assert torch.equal(logits[0], d.judge(d.real)[0])
+    assert not d.real.requires_grad and not d.fake.requires_grad  # the caller's are left alone
+
+
+@pytest.mark.parametrize("patches", [1, 6])
+def test_the_gradient_penalty_is_the_formula(patches: int):
+    """10 * mean (|g| - 1)^2 for g = Ax + b; by b: 10 * mean 2 (|g| - 1) g / |g|."""
+    d = Quadratic(patches)
+    torch.manual_seed(7)
+    _, penalty, _ = discriminator_objective(
+        d.judge, d.real, d.fake, settings(gradient_penalty=10.0)
+    )
+    torch.manual_seed(7)
+    share = torch.rand(5, 1, 1, 1)
+    assert len(share.unique()) == 5  # one point for each pair
+    g = d.slopes(share * d.real + (1 - share) * d.fake)
+    size = np.sqrt((g**2).sum(1, keepdims=True))
+    assert float(penalty.detach()) == pytest.approx(10 * ((size - 1) ** 2).mean(), rel=1e-5)
+    penalty.backward()
+    expected = 10 * (2 * (size - 1) * g / size).mean(0)
+    np.testing.assert_allclose(d.b.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_flat_critic_has_finite_derivatives():
+    d = Quadratic(1)
+    with torch.no_grad():
+        d.a.zero_(), d.b.zero_()
+    _, penalty, _ = discriminator_objective(d.judge, d.real, d.fake, settings(gradient_penalty=1.0))
+    penalty.backward()
+    assert penalty == 1 and d.b.grad.isfinite().all() and d.a.grad.isfinite().all()
+
+
+def test_penalties_of_half_precision_images_are_float32():
+    d = Quadratic(1)
+    cfg = settings(r1=1.0, r2=1.0)
+    _, penalty, _ = discriminator_objective(d.judge, d.real.bfloat16(), d.fake.half(), cfg)
+    exact = discriminator_objective(d.judge, d.real, d.fake, cfg)[1].item()
+    assert penalty.dtype == torch.float32 and penalty.item() == pytest.approx(exact, rel=0.02)
 
 
 def stamped(numbers) -> Tensor:

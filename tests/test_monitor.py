@@ -136,3 +136,11 @@ def test_nothing_half_written_is_left(tmp_path):
         monitor.close()
     names = {p.name for p in tmp_path.rglob("*") if p.is_file() and "tfevents" not in p.name}
     assert names == {"metrics.jsonl", "step_00000001.png", "step_00000003.png"}
+
+
+def test_notes_stand_beside_the_figures_in_the_file_alone(tmp_path):
+    monitor = Monitor(tmp_path, 0)
+    monitor.scalars(1, {"quality/fid": 2.0}, protocol={"generated": 360})
+    monitor.close()
+    assert lines(tmp_path) == [{"step": 1, "quality/fid": 2.0, "protocol": {"generated": 360}}]
+    assert scalars(tmp_path, "quality/fid") == [(1, 2.0)]

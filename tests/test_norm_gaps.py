@@ -4,14 +4,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from parity import BACKENDS, close, leaf
+from parity import BACKENDS, close, leaf, use_backend
 from torch import nn
 from torch.nn import functional as F
 
 import gannorm
 from gannorm import functional as G
-from gannorm import use_backend
-from gannorm.kernels.tile import _tile
+from gannorm.kernels.tile import at
 
 FAR = 2**30 + 1024  # twice it is past 2^31
 
@@ -45,17 +44,23 @@ def test_elements_past_2_31(backend, shape):
 
 
 @triton.jit
-def tile_kernel(offsets_ptr, first, step, size, BLOCK_P: tl.constexpr):
-    first = tl.program_id(0).to(tl.int64) + first
-    _, _, offsets, _ = _tile(0, 0, first, step, BLOCK_P, size, BLOCK_P, 1)
-    tl.store(offsets_ptr + tl.arange(0, BLOCK_P)[:, None], offsets)
+def offsets_kernel(offsets_ptr, stride_n, stride_c, stride_s, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    offsets = at(
+        i[:, None].to(tl.int64), i[None, :].to(tl.int64), i[None, None, :],
+        stride_n, stride_c, stride_s,
+    )  # fmt: skip
+    to = (i[:, None] * BLOCK + i[None, :])[:, :, None] * BLOCK + i[None, None, :]
+    tl.store(offsets_ptr + to, offsets)
 
 
 def test_tile_offsets_past_2_31():
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    offsets = torch.empty(8, dtype=torch.int64, device=device)
-    tile_kernel[(1,)](offsets, 3, 2**29, 2**12, BLOCK_P=8)
-    assert offsets.tolist() == [(3 + p * 2**29) * 2**12 for p in range(8)]
+    offsets = torch.empty(4, 4, 4, dtype=torch.int64, device=device)
+    offsets_kernel[(1,)](offsets, 2**30, 2**29 + 1, 2**31 - 1, BLOCK=4)
+    i = torch.arange(4)
+    n, c, s = i[:, None, None], i[:, None], i
+    assert torch.equal(offsets.cpu(), n * 2**30 + c * (2**29 + 1) + s * (2**31 - 1))
 
 
 @pytest.mark.parametrize("offset", [0, 1e2, 1e4, 1e6])

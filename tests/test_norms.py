@@ -94,11 +94,60 @@ def test_layer_norm_2d_is_group_norm_of_one_group():
     assert set(gannorm.LayerNorm2d(6).state_dict()) == {"weight", "bias"}
 
 
-def test_wrong_shapes_are_refused_by_layer():
-    with pytest.raises(ValueError, match=r"InstanceNorm2d.*\(2, 6, 5\)"):
-        gannorm.InstanceNorm2d(6)(torch.randn(2, 6, 5))
-    with pytest.raises(ValueError, match=r"InstanceNorm2d.*6 channels.*\(2, 5, 4, 4\)"):
-        gannorm.InstanceNorm2d(6)(torch.randn(2, 5, 4, 4))
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 5), (4, 6, 3, 2), (4, 6, 2, 3, 2)], ids=str)
+def test_group_norm_of_any_dimension(shape):
+    torch.manual_seed(0)
+    x, skip = torch.randn(shape), torch.randn(shape)
+    ours, theirs = gannorm.GroupNorm(2, 6, activation="relu"), nn.GroupNorm(2, 6)
+    close(ours(x, residual=skip), torch.relu(theirs(x) + skip), 1e-5)
+    close(gannorm.LayerNorm2d(6)(x), nn.GroupNorm(1, 6)(x), 1e-5)
+
+
+def test_instance_norm_of_one_image():
+    """(C, H, W), the running statistics included."""
+    torch.manual_seed(0)
+    kwargs = {"affine": True, "track_running_stats": True}
+    ours, theirs = (m.InstanceNorm2d(6, **kwargs) for m in (gannorm, nn))
+    x, skip = torch.randn(6, 5, 4, requires_grad=True), torch.randn(6, 5, 4)
+    close(ours(x, residual=skip), theirs(x) + skip, 1e-5)
+    close(ours.running_mean, theirs.running_mean, 1e-6)
+    close(ours.running_var, theirs.running_var, 1e-6)
+    close(ours.eval()(x), theirs.eval()(x), 1e-5)
+    a, b = (torch.autograd.grad(n.train()(x).pow(3).sum(), x)[0] for n in (ours, theirs))
+    close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "norm,shape,words",
+    [
+        (gannorm.InstanceNorm2d(6), (2, 6), r"\(N, C, H, W\) or \(C, H, W\).*\(2, 6\)"),
+        (gannorm.InstanceNorm2d(6), (2, 5, 4, 4), r"6 channels.*dimension 1.*\(2, 5, 4, 4\)"),
+        (gannorm.InstanceNorm2d(6), (2, 6, 5), r"6 channels.*dimension 0.*\(2, 6, 5\)"),
+        (gannorm.BatchNorm2d(6), (6, 4, 4), r"\(N, C, H, W\).*\(6, 4, 4\)"),
+        (gannorm.BatchNorm2d(6, affine=False), (2, 5, 4, 4), r"6 channels.*got 5"),
+        (gannorm.GroupNorm(2, 6), (6,), r"\(N, C, ...\).*\(6,\)"),
+        (gannorm.GroupNorm(2, 6, affine=False), (2, 4), r"6 channels.*\(2, 4\)"),
+        (gannorm.LayerNorm2d(6), (2, 4, 3), r"6 channels.*\(2, 4, 3\)"),
+        (ConditionalInstanceNorm2d(6, 3), (6, 4, 4), r"\(N, C, H, W\).*\(6, 4, 4\)"),
+        (ConditionalBatchNorm2d(6, 3), (2, 5, 4, 4), r"6 channels.*got 5"),
+    ],
+)
+def test_wrong_shapes_are_refused_by_layer(norm, shape, words):
+    labels = (torch.zeros(2, dtype=torch.int64),) if hasattr(norm, "num_classes") else ()
+    with pytest.raises(ValueError, match=rf"{type(norm).__name__}\(.*{words}"):
+        norm(torch.randn(shape), *labels)
+    with pytest.raises(TypeError, match=rf"{type(norm).__name__}\(.*int32.*float"):
+        norm(torch.ones(2, 6, 4, 4).int(), *labels)
+    with pytest.raises(TypeError, match=rf"{type(norm).__name__}\(.*list"):
+        norm([1.0], *labels)
+
+
+@pytest.mark.parametrize("groups", [0, -1, 4])
+def test_groups_that_do_not_divide_are_refused(groups):
+    with pytest.raises(ValueError, match=rf"GroupNorm: num_groups={groups} .*6.*1, 2, 3, 6"):
+        gannorm.GroupNorm(groups, 6)
+    with pytest.raises(TypeError, match="num_groups must be an int, got 2.0"):
+        gannorm.GroupNorm(2.0, 6)
 
 
 EPS = {"eps": 1e-3, "affine": True}

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from parity import BACKENDS, close, leaf
+from parity import close, leaf
 from torch import library
 from torch.nn import functional as F
 
@@ -14,6 +14,7 @@ from gannorm import functional as G
 from gannorm import ops, use_backend
 
 LABELS = torch.tensor([0, 2, 1, 1])
+BACKENDS = ("torch", "triton")
 
 
 def after(residual):
@@ -23,6 +24,7 @@ def after(residual):
 COMPILED = {
     "instance": lambda x, w, b, r: G.instance_norm(x, weight=w[0], bias=b[0], activation="silu"),
     "group": lambda x, w, b, r: G.group_norm(x, 2, w[0], b[0], residual=r),
+    "inner": lambda x, w, b, r: G.instance_norm(x, activation="leaky_relu", residual=r),
     "batch": lambda x, w, b, r: G.batch_norm(
         x, None, None, w[0], b[0], True, activation="relu", **after(r)
     ),
@@ -53,6 +55,22 @@ def test_compiled_equals_eager(backend, dynamic, op):
                 assert (p is None) == (q is None)
                 if p is not None:
                     close(p, q, 1e-5)
+
+
+@pytest.mark.parametrize("op", COMPILED)
+def test_compiled_code_calls_the_kernels(op):
+    """On Triton the graph holds the registered operator, not the composition of torch ops."""
+    torch._dynamo.reset()
+    w, b, x, r = torch.ones(3, 6), torch.ones(3, 6), torch.randn(4, 6, 5, 4), torch.ones(4, 6, 5, 4)
+    targets = []
+
+    def look(graph, _):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    with use_backend("triton"):
+        torch.compile(COMPILED[op], fullgraph=True, backend=look)(x, w, b, r)
+    assert "gannorm.norm.default" in targets
 
 
 def grads(y, *leaves):
@@ -109,8 +127,8 @@ def test_opcheck(given, full):
     groups = 0 if given else 4
     arguments = (x, *rest, *stats, groups, 1e-5, "relu" if full else None, 0.2, False)
     library.opcheck(torch.ops.gannorm.norm.default, arguments)
-    y, mean, var = ops.norm(*(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments))
-    arguments = (y, x.detach(), *(None if t is None else t.detach() for t in rest), mean, var)
+    y, stats = ops.norm(*(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments))
+    arguments = (y, x.detach(), *(None if t is None else t.detach() for t in rest), stats)
     constants = (groups, 1e-5, "relu" if full else None, 0.2, given)
     library.opcheck(torch.ops.gannorm.norm_backward.default, (*arguments, *constants))
 

@@ -24,6 +24,10 @@ RESBLOCK = [
     "model.d_widths=[8,8]", "model.d_downsamplings=2", "trainer.steps=2",
 ]  # fmt: skip
 
+SETS = [
+    "fid", "kid", "inception_score", "precision", "recall", "density", "coverage", "accuracy",
+]  # fmt: skip
+
 
 def environment(**extra: str) -> dict[str, str]:
     """A user's on a machine without a GPU; conftest has set TRITON_INTERPRET here."""
@@ -46,7 +50,7 @@ def check_run(folder: Path, steps: int) -> dict:
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     events = [name for name in names if name.startswith("events.out.tfevents.")]
     assert len(events) == 1
-    assert names - set(events) == {
+    assert names - {*events, "checkpoints/best.pt"} == {
         ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "metrics.jsonl",
         f"checkpoints/step_{steps:08d}.pt", "samples/step_00000000.png",
         f"samples/step_{steps:08d}.png", "summary.json",
@@ -67,14 +71,18 @@ def test_cyclegan(tmp_path: Path, refused):
     done = run(*CYCLEGAN, f"hydra.run.dir={folder}")
     assert done.returncode == 0, done.stderr
     summary = check_run(folder, 2)
-    assert set(summary["quality"]) == {
-        "cycle_l1_A", "cycle_l1_B", "accuracy_AtoB", "accuracy_BtoA",
-    }  # fmt: skip
+    pairs = {f"cycle_{name}_{end}" for name in ("l1", "psnr", "ssim") for end in "AB"}
+    ways = ("AtoB", "BtoA")
+    pairs |= {f"{name}_{way}" for name in ("psnr", "ssim", "feature_distance") for way in ways}
+    assert set(summary["quality"]) == pairs | {f"{name}_{way}" for name in SETS for way in ways}
     last = lines(folder)[-2:]
     assert {"step", "loss/G_A", "loss/D_B", "loss/cycle_A", "lr/G"} <= set(last[0])
-    assert {k.removeprefix("quality/"): v for k, v in last[1].items() if k != "step"} == (
-        summary["quality"]
-    )
+    assert {"balance/D_A_real_right", "balance/gradient_G"} <= set(last[0])
+    assert {"health/norms", "probe/polarity_AtoB", "probe/diversity_BtoA"} <= set(last[1])
+    logged = {k: v for k, v in last[1].items() if k.startswith("quality/")}
+    assert {k.removeprefix("quality/"): v for k, v in logged.items()} == summary["quality"]
+    assert last[1]["protocol"] == summary["protocol"] and summary["best"]["step"] == 2
+    assert 0 < summary["evaluation_seconds"] and "evaluation=" in done.stderr
     said = done.stdout.splitlines()
     assert "norm instance" in said[0] and "digits_m" in said[0] and "CPU" in said[0]
     assert any(line.startswith("accuracy_AtoB: ") for line in said)
@@ -91,7 +99,8 @@ def test_resblock_gan(tmp_path: Path):
     done = run(*RESBLOCK, f"hydra.run.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     summary = check_run(tmp_path, 2)
-    assert set(summary["quality"]) == {"accuracy"}
+    classes = {f"class_{name}/{k}" for name in ("fid", "accuracy") for k in range(10)}
+    assert set(summary["quality"]) == {*SETS, "class_fid", *classes}
     assert summary["reference"]["accuracy_real"] > 0.5  # the classifier reads real digits
     assert "norm conditional_batch" in done.stdout.splitlines()[0]
     assert done.stdout.splitlines()[-1] == f"tensorboard --logdir {tmp_path}"
@@ -124,7 +133,7 @@ def test_multirun_and_the_kernels_losses(tmp_path: Path):
         torch_, triton_ = (lines(folder) for folder in folders)
         assert [line["step"] for line in torch_] == [0, 1, 2, 3, 4, 5, 5]
         for a, b in zip(torch_, triton_, strict=True):
-            keys = [k for k in a if k.startswith(("loss/", "quality/"))]
+            keys = [k for k in a if k.startswith(("loss/", "quality/", "health/"))]
             assert a.keys() == b.keys() and (keys or a["step"] == 0)
             assert [a[k] for k in keys] == pytest.approx([b[k] for k in keys], abs=1e-4)
 
@@ -203,6 +212,8 @@ CASES = {
     "trainer.steps=[": ["'['"],
     "resume=/nonexistent": ["/nonexistent"],
     "optim.beta1=1": ["optim.beta1"],
+    "loss=rpgna": ["loss=rpgna", "did you mean rpgan?", "wgan_gp"],
+    "loss=wgan_gp norm=batch": ["norm=batch", "gradient_penalty", "choose norm= instance"],
     "-m norm=instance,instnce": ["norm=instnce", "did you mean instance?"],
     "-m norm=conditional_batch,conditional_instance": [NO_CONDITIONAL],
 }  # fmt: skip

@@ -9,13 +9,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from PIL import Image
 
-from gannorm import checkpoint, metrics
+from gannorm import checkpoint
 from gannorm.errors import RequestError
+from gannorm.metrics import features
+from gannorm.monitor import Monitor
 from gannorm.tasks import ClassConditional, CycleGAN
 from gannorm.trainer import run_folder, train
 
@@ -43,7 +47,7 @@ def config(model: str, *overrides: str) -> DictConfig:
 @pytest.fixture(autouse=True)
 def quick_classifier(monkeypatch):
     """These runs look at training; a classifier of a few steps is as good as any."""
-    monkeypatch.setattr(metrics, "STEPS", 2)
+    monkeypatch.setattr(features, "STEPS", 2)
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -60,7 +64,7 @@ def losses(run_dir: Path) -> dict[int, dict[str, float]]:
 
 def weights(run_dir: Path) -> dict:
     state = checkpoint.load(checkpoint.resolve(run_dir))
-    del state["config"], state["seconds"]
+    del state["config"], state["seconds"], state["evaluation_seconds"]
     return state
 
 
@@ -124,6 +128,8 @@ def test_mixed_precision(model, precision, tmp_path):
     [
         ("cyclegan", ["model.dropout=true", "model.pool_size=3", "trainer.precision=fp16"]),
         ("resblock_gan", ["optim.d_steps=2", "trainer.precision=bf16", "model.block=postact"]),
+        ("resblock_gan", ["loss=rpgan", "loss.diffaugment=[color,translation,cutout]"]),
+        ("cyclegan", ["loss=wgan_gp", "optim.d_steps=2", "loss.diffaugment=[cutout]"]),
     ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(model, extra, tmp_path):
@@ -148,18 +154,131 @@ def stop_at(run_dir: Path, step: int) -> None:
         raise KeyboardInterrupt
 
 
-def test_evaluation_leaves_training_alone(tmp_path):
-    train(config("resblock_gan", "trainer.steps=4"), tmp_path / "rarely")
+@pytest.mark.parametrize(
+    "model,extra",
+    [("resblock_gan", ["model.g_spectral_norm=true"]), ("cyclegan", ["norm=batch"])],
+)
+def test_evaluation_leaves_training_alone(model, extra, tmp_path, monkeypatch):
+    """The weights, to the bit, of a run that is never evaluated, nor shows a sample."""
+    extra = ["trainer.steps=4", "model.dropout=true" if model == "cyclegan" else extra[0], *extra]
     often = ["trainer.eval_every=1", "trainer.sample_every=1", "trainer.checkpoint_every=1"]
-    train(config("resblock_gan", "trainer.steps=4", *TINY[:1], *often), tmp_path / "often")
-    equal(weights(tmp_path / "rarely"), weights(tmp_path / "often"))
+    standing = ["metrics.standing_batches=2", "metrics.samples=20"]
+    train(config(model, *extra, *TINY[:1], *often, *standing), tmp_path / "often")
+    evaluated = weights(tmp_path / "often")
+
+    kind = {"cyclegan": CycleGAN, "resblock_gan": ClassConditional}[model]
+    monkeypatch.setattr(
+        kind, "prepare_evaluation", lambda self, data: setattr(self, "references", [])
+    )
+    monkeypatch.setattr(kind, "reference_figures", lambda self: {})
+    monkeypatch.setattr(kind, "evaluate", lambda self, generators, brief=False: {"fid": 1.0})
+    monkeypatch.setattr(kind, "diagnose", lambda self: ({}, {}))
+    monkeypatch.setattr(Monitor, "images", lambda self, step, samples: None)
+    monkeypatch.setattr(kind, "samples", lambda self: {})
+    train(config(model, *extra), tmp_path / "never")
+    never = weights(tmp_path / "never")
+    del evaluated["watch"], never["watch"]  # what evaluations have seen
+    assert evaluated.pop("best")["value"] != never.pop("best")["value"]
+    equal(evaluated, never)
+
+
+def test_raw_and_averaged_generators_stand_side_by_side(tmp_path):
+    train(config("resblock_gan", "trainer.steps=3"), tmp_path / "a")
+    last = next(line for line in reversed(lines(tmp_path / "a")) if "quality/fid" in line)
+    raw = {k.removeprefix("quality_raw/") for k in last if k.startswith("quality_raw/")}
+    assert raw == {k.removeprefix("quality/") for k in last if k.startswith("quality/")}
+    assert last["quality/fid"] != last["quality_raw/fid"]
+    assert {f"class_fid/{k}" for k in range(10)} <= set(last)
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert last["protocol"] == summary["protocol"] and last["protocol"]["generated"] == 360
+    floor = lines(tmp_path / "a")[0]
+    assert floor["protocol"] == summary["protocol"] and floor["reference/coverage_real"] > 0
+    # Without an average there is one generator.
+    train(config("resblock_gan", "trainer.steps=1", "optim.ema_decay=0.0"), tmp_path / "b")
+    assert not any(k.startswith("quality_raw/") for line in lines(tmp_path / "b") for k in line)
+
+
+def test_standing_statistics_change_what_is_measured(tmp_path):
+    for count in (0, 4):
+        changes = ["trainer.steps=2", f"metrics.standing_batches={count}"]
+        train(config("resblock_gan", *changes), tmp_path / str(count))
+    with_, without = (json.loads((tmp_path / k / "summary.json").read_text()) for k in "40")
+    assert with_["quality"]["fid"] != without["quality"]["fid"]
+    assert with_["protocol"]["standing_batches"] == 4
+    equal(weights(tmp_path / "0")["task"], weights(tmp_path / "4")["task"])
+
+
+def scripted(monkeypatch, values: list[float]) -> None:
+    """Evaluations that find these FIDs, one after the other."""
+    found = iter(values)
+    monkeypatch.setattr(
+        ClassConditional, "evaluate",
+        lambda self, generators, brief=False: {"fid": 0.0 if brief else next(found)},
+    )  # fmt: skip
+
+
+def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
+    scripted(monkeypatch, [3.0, 1.0, 2.0, 4.0])
+    often = ["trainer.steps=4", "trainer.keep_checkpoints=1", "trainer.checkpoint_every=1"]
+    summary = train(config("resblock_gan", *TINY[:1], "trainer.eval_every=1", *often), tmp_path)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["best.pt", "step_00000004.pt"]
+    best = checkpoint.load(tmp_path / "checkpoints" / "best.pt")
+    assert best["step"] == 2 and best["best"] == {"value": 1.0, "step": 2, "since": 0}
+    assert summary["best"] == {"figure": "fid", "value": 1.0, "step": 2}
+    assert checkpoint.resolve(tmp_path).name == "step_00000004.pt"
+
+    # Another folder begins with a best of its own; the same one keeps it.
+    scripted(monkeypatch, [9.0])
+    more = ["trainer.steps=5", "trainer.eval_every=5"]
+    other = config("resblock_gan", *TINY[:1], *more, f"resume={checkpoint.resolve(tmp_path)}")
+    assert train(other, tmp_path / "other")["best"]["value"] == 9.0
+    scripted(monkeypatch, [9.0])
+    same = config("resblock_gan", *TINY[:1], *more, "resume=auto")
+    assert train(same, tmp_path)["best"]["step"] == 2
+    assert checkpoint.load(tmp_path / "checkpoints" / "best.pt")["step"] == 2
+
+
+def test_a_plateau_ends_the_run(tmp_path, monkeypatch):
+    values = [5.0, 6.0, 4.0, 4.5, 4.0, 1.0]
+    often = [*TINY[:1], "trainer.eval_every=2", "trainer.steps=20", "metrics.patience=2"]
+    scripted(monkeypatch, values)
+    summary = train(config("resblock_gan", *often), tmp_path)
+    assert summary["steps"] == 10 and summary["best"]["step"] == 6
+    assert checkpoint.resolve(tmp_path).name == "step_00000010.pt"
+    assert (tmp_path / "samples" / "step_00000010.png").exists()
+    scripted(monkeypatch, values)  # it has ended: nothing is trained
+    again = train(config("resblock_gan", *often, "resume=auto"), tmp_path)
+    assert again["steps"] == 10 and sorted(losses(tmp_path)) == list(range(1, 11))
+
+
+def test_a_figure_that_is_not_measured(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("trainA", "trainB", "testA"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    own = [
+        "data=folder_pair", f"data.root={tmp_path}", "data.image_size=16", "data.load_size=18",
+        "data.num_workers=0", "trainer.steps=1",
+    ]  # fmt: skip
+    summary = train(config("cyclegan", *own), tmp_path / "run")
+    assert "metrics.best=fid is not measured" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "checkpoints" / "best.pt").exists()
+    assert set(summary["quality"]) == {
+        f"cycle_{name}_{domain}" for name in ("l1", "psnr", "ssim") for domain in "AB"
+    }
+    with pytest.raises(RequestError, match="metrics.patience=1.*choose another metrics.best="):
+        train(config("cyclegan", *own, "metrics.patience=1"), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_checkpoints_kept(tmp_path):
     keep = ["trainer.checkpoint_every=1", "trainer.keep_checkpoints=2", "trainer.steps=4"]
     train(config("resblock_gan", *keep), tmp_path)
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert kept == ["step_00000003.pt", "step_00000004.pt"]
+    assert kept == ["best.pt", "step_00000003.pt", "step_00000004.pt"]
 
 
 def test_resume_is_refused_under_another_configuration(tmp_path):

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from parity import BACKENDS
+from parity import BACKENDS, use_backend
 
 import gannorm
 from gannorm import functional as G
-from gannorm import use_backend
 from gannorm.config import BatchNormConfig, VarEstimator
 from gannorm.models import resblock
 

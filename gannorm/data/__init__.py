@@ -29,6 +29,10 @@ class Source(Protocol):
 
     def fetch(self, index: list[int], generator: torch.Generator) -> Batch: ...
 
+    def digest(self) -> str:
+        """A word for the content: of all that `fetch` depends on but its arguments."""
+        ...
+
 
 @dataclass
 class Data:
@@ -37,11 +41,13 @@ class Data:
     domains: the training sources; one with keys "image" and "label" (class-conditional models),
         or two with key "image" (translation: A, then B).
     test: the held-out part, the same keys, never augmented; for `digits_m` both domains carry
-        labels, and B[i] is the true translation of A[i].
+        labels, and B[i] is the true translation of A[i]. Where nothing is held out, `real`'s.
+    real: the training images without augmentation, which samples are measured against.
     """
 
     domains: list[Source]
     test: list[Source]
+    real: list[Source]
     num_classes: int | None = None
     counterparts: bool = False  # test B[i] is the true translation of test A[i]
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from gannorm.config import DigitsConfig
+from gannorm.data.digest import digest
 
 if TYPE_CHECKING:
-    from gannorm.data import Batch, Data
+    from gannorm.data import Batch, Data, Source
 
 TEST_SHARE = 5  # every fifth digit is held out
 BRIGHT = (
@@ -32,6 +33,9 @@ class _Tensors:
 
     def fetch(self, index: list[int], generator: torch.Generator) -> "Batch":
         return {"image": self.images[index], "label": self.labels[index]}
+
+    def digest(self) -> str:
+        return digest(self.images, self.labels)
 
 
 class _OnPhotos(_Tensors):
@@ -60,6 +64,9 @@ class _OnPhotos(_Tensors):
         ]
         digit = (batch["image"] + 1) / 2
         return {**batch, "image": (torch.stack(patches) - digit).abs() * 2 - 1}
+
+    def digest(self) -> str:
+        return digest(super().digest(), self.corners, *self.photos)
 
 
 def _digit_images(cfg: DigitsConfig) -> tuple[Tensor, Tensor]:
@@ -98,11 +105,8 @@ def digits(cfg: DigitsConfig) -> "Data":
 
     images, labels = _digit_images(cfg)
     held_out = torch.arange(len(images)) % TEST_SHARE == 0
-    return Data(
-        [_Tensors(images[~held_out], labels[~held_out])],
-        [_Tensors(images[held_out], labels[held_out])],
-        num_classes=10,
-    )
+    train = _Tensors(images[~held_out], labels[~held_out])
+    return Data([train], [_Tensors(images[held_out], labels[held_out])], [train], num_classes=10)
 
 
 def digits_m(cfg: DigitsConfig) -> "Data":
@@ -119,9 +123,14 @@ def digits_m(cfg: DigitsConfig) -> "Data":
     train_photos, test_photos = _photo_halves(cfg)
     test = _OnPhotos(images[held_out], labels[held_out], test_photos)
     fixed = test.fetch(list(range(len(test))), torch.Generator().manual_seed(0))
+    train: list[Source] = [
+        _Tensors(images[a], labels[a]),
+        _OnPhotos(images[b], labels[b], train_photos),
+    ]
     return Data(
-        [_Tensors(images[a], labels[a]), _OnPhotos(images[b], labels[b], train_photos)],
+        train,
         [_Tensors(images[held_out], labels[held_out]), _Tensors(fixed["image"], fixed["label"])],
+        train,
         num_classes=10,
         counterparts=True,
     )

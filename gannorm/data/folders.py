@@ -7,11 +7,12 @@ import torch
 from torchvision.transforms import v2
 
 from gannorm.config import FolderConfig
+from gannorm.data.digest import digest
 from gannorm.data.images import list_images, open_image, to_tensor
 from gannorm.errors import RequestError
 
 if TYPE_CHECKING:
-    from gannorm.data import Batch, Data
+    from gannorm.data import Batch, Data, Source
 
 
 class _Files:
@@ -25,6 +26,7 @@ class _Files:
         self, paths: list[Path], labels: list[int] | None, cfg: FolderConfig, augment: bool
     ) -> None:
         self.paths, self.labels, self.channels = paths, labels, cfg.channels
+        self.key = (labels, cfg.channels, cfg.image_size, augment and (cfg.load_size, cfg.flip))
         steps: list[torch.nn.Module] = []
         bicubic = v2.InterpolationMode.BICUBIC
         if augment:
@@ -48,6 +50,9 @@ class _Files:
         if self.labels is not None:
             batch["label"] = torch.tensor([self.labels[i] for i in index])
         return batch
+
+    def digest(self) -> str:
+        return digest(*self.paths, self.key)
 
 
 def _check_sizes(cfg: FolderConfig) -> Path:
@@ -76,14 +81,15 @@ def folder_pair(cfg: FolderConfig) -> "Data":
             "trainA and trainB, and testA and testB for held-out images"
         )
     train = [list_images(root / name) for name in ("trainA", "trainB")]
-    test = [
-        list_images(root / name) if (root / name).is_dir() else paths
-        for name, paths in zip(("testA", "testB"), train, strict=True)
+    plain: list[Source] = [_Files(paths, None, cfg, augment=False) for paths in train]
+    test: list[Source] = [
+        _Files(list_images(root / name), None, cfg, augment=False)
+        if (root / name).is_dir()
+        else real
+        for name, real in zip(("testA", "testB"), plain, strict=True)
     ]
-    return Data(
-        [_Files(paths, None, cfg, augment=True) for paths in train],
-        [_Files(paths, None, cfg, augment=False) for paths in test],
-    )
+    domains: list[Source] = [_Files(paths, None, cfg, augment=True) for paths in train]
+    return Data(domains, test, plain)
 
 
 def image_folder(cfg: FolderConfig) -> "Data":
@@ -103,8 +109,7 @@ def image_folder(cfg: FolderConfig) -> "Data":
         found = list_images(root / name)
         paths += found
         labels += [number] * len(found)
+    plain = _Files(paths, labels, cfg, augment=False)
     return Data(
-        [_Files(paths, labels, cfg, augment=True)],
-        [_Files(paths, labels, cfg, augment=False)],
-        num_classes=len(classes),
+        [_Files(paths, labels, cfg, augment=True)], [plain], [plain], num_classes=len(classes)
     )

@@ -9,6 +9,7 @@ from torch.nn.functional import interpolate
 from torchvision import datasets
 
 from gannorm.config import TorchvisionConfig
+from gannorm.data.digest import digest
 from gannorm.errors import RequestError
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ class _Pixels:
             mirrored = torch.rand(len(index), generator=generator) < 0.5
             images[mirrored] = images[mirrored].flip(-1)
         return {"image": images, "label": self.labels[index]}
+
+    def digest(self) -> str:
+        return digest(self.images, self.labels, self.flip)
 
 
 def _load(cfg: TorchvisionConfig, train: bool) -> tuple[Tensor, Tensor]:
@@ -61,4 +65,7 @@ def torchvision_set(cfg: TorchvisionConfig) -> "Data":
     from gannorm.data import Data
 
     train, test = _load(cfg, True), _load(cfg, False)
-    return Data([_Pixels(*train, flip=cfg.flip)], [_Pixels(*test, flip=False)], num_classes=10)
+    return Data(
+        [_Pixels(*train, flip=cfg.flip)], [_Pixels(*test, flip=False)],
+        [_Pixels(*train, flip=False)], num_classes=10,
+    )  # fmt: skip

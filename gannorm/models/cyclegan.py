@@ -6,6 +6,7 @@ Where a norm has its activation fused in, an `nn.Identity` holds the activation'
 
 from torch import Tensor, nn
 
+from gannorm.models.resblock import add_spectral_norm
 from gannorm.norms import NormFactory, apply_norm
 
 
@@ -89,10 +90,17 @@ class PatchDiscriminator(nn.Module):
     Args:
         width: channels of the first layer (64 as published).
         layers: stride-2 convolutions; 3 gives patches of 70x70 pixels, 2 of 34x34.
+        spectral: spectral norm on every convolution.
     """
 
     def __init__(
-        self, in_channels: int, norm: NormFactory, *, width: int = 64, layers: int = 3
+        self,
+        in_channels: int,
+        norm: NormFactory,
+        *,
+        width: int = 64,
+        layers: int = 3,
+        spectral: bool = False,
     ) -> None:
         super().__init__()
         bias = norm.conv_bias
@@ -113,6 +121,8 @@ class PatchDiscriminator(nn.Module):
         model.append(nn.Conv2d(c, 1, 4, padding=1))
         self.model = nn.Sequential(*model)
         init_weights(self)
+        if spectral:
+            add_spectral_norm(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)

@@ -137,7 +137,7 @@ class ProjectionDiscriminator(nn.Module):
 
     Args:
         widths: channels behind each block. downsamplings: how many blocks, from the first, halve.
-        Every layer has spectral norm.
+        spectral: spectral norm on every layer.
     """
 
     def __init__(
@@ -147,6 +147,7 @@ class ProjectionDiscriminator(nn.Module):
         in_channels: int = 3,
         widths: Sequence[int] = (128, 128, 128, 128),
         downsamplings: int = 2,
+        spectral: bool = True,
         init: str = "orthogonal",
     ) -> None:
         super().__init__()
@@ -160,7 +161,8 @@ class ProjectionDiscriminator(nn.Module):
         self.linear = nn.Linear(widths[-1], 1)
         self.embedding = nn.Embedding(num_classes, widths[-1])
         init_weights(self, init)
-        add_spectral_norm(self)
+        if spectral:
+            add_spectral_norm(self)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         # There is no norm here to mind the layout, and convolutions are faster in this one.

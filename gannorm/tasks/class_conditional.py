@@ -1,19 +1,30 @@
 """The class-conditional ResBlock GAN (SNGAN-projection, Miyato and Koyama, 2018)."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from gannorm.config import Config, ResBlockGANConfig
 from gannorm.data import Batch, Data
+from gannorm.diagnostics import Probe
 from gannorm.errors import RequestError
-from gannorm.losses import discriminator_loss, generator_loss
-from gannorm.metrics import in_chunks, read_accuracy, train_classifier
+from gannorm.losses import generator_loss
+from gannorm.metrics.evaluation import (
+    CHUNK,
+    Seen,
+    build_references,
+    evenly,
+    in_chunks,
+    suffixed,
+)
 from gannorm.models import ProjectionDiscriminator, ResBlockGenerator
 from gannorm.norms import build_norm
 from gannorm.tasks.task import Task
 
 SHOWN = 10  # classes and noises in a sample grid, at most
-EVALUATED = 1000  # generated images that the classifier reads
+PROBED = 200  # that the diagnostics look at
 
 
 class ClassConditional(Task):
@@ -50,7 +61,7 @@ class ClassConditional(Task):
         )  # fmt: skip
         discriminator = ProjectionDiscriminator(
             num_classes=classes, in_channels=channels, widths=m.d_widths,
-            downsamplings=m.d_downsamplings, init=m.init.name,
+            downsamplings=m.d_downsamplings, spectral=m.d_spectral_norm, init=m.init.name,
         )  # fmt: skip
         return {"G": generator}, {"D": discriminator}
 
@@ -72,22 +83,27 @@ class ClassConditional(Task):
         for (batch,) in batches:
             real = batch["image"].to(self.device, non_blocking=True)
             labels = batch["label"].to(self.device, non_blocking=True)
-            with self.autocast():
-                with torch.no_grad():
-                    fake = g(self._noise(len(real)), labels)
-                # One pass over both halves: one power iteration, and larger convolutions.
-                logits = d(torch.cat([real, fake]), torch.cat([labels, labels]))
-                real_logits, fake_logits = logits.float().chunk(2)
-                loss = discriminator_loss(real_logits, fake_logits, kind)
-            self._descend("D", loss)
-            losses = {"D": loss, "D_real": real_logits.mean(), "D_fake": fake_logits.mean()}
+
+            def judge(*images: Tensor, labels: Tensor = labels) -> Sequence[Tensor]:
+                # One pass over all of them: one power iteration, and larger convolutions.
+                logits = d(self._augment(torch.cat(images)), labels.repeat(len(images)))
+                return logits.float().chunk(len(images))
+
+            with torch.no_grad(), self.autocast():
+                fake = g(self._noise(len(real)), labels)
+            losses = self._train_discriminators({"D": (judge, real, fake)})
 
         self._freeze_discriminators(True)
-        n = self.cfg.data.batch_size
-        labels = torch.randint(classes, (n,), device=self.device)
         with self.autocast():
-            loss = generator_loss(d(g(self._noise(n), labels), labels), kind)
-        self._descend("G", loss)
+            if kind == "relativistic":  # a pair has one class
+                fake_logits, real_logits = judge(g(self._noise(len(real)), labels), real)
+                loss = generator_loss(fake_logits, kind, real_logits)
+            else:
+                n = self.cfg.data.batch_size
+                labels = torch.randint(classes, (n,), device=self.device)
+                fake = g(self._noise(n), labels)
+                loss = generator_loss(judge(fake, labels=labels)[0], kind)
+        losses["balance/gradient_G"] = self._descend("G", loss)
         self._freeze_discriminators(False)
         losses["G"] = loss
         return {name: value.detach() for name, value in losses.items()}
@@ -95,25 +111,47 @@ class ClassConditional(Task):
     # ---- evaluation
 
     def prepare_evaluation(self, data: Data) -> None:
-        classes = self.num_classes or 0
+        self.references = build_references(self.cfg.metrics, data, self.device)
+        count = max(self.references[0].count, SHOWN, PROBED)
         generator = torch.Generator().manual_seed(self.cfg.seed)
-        self.noise = torch.randn(EVALUATED, self.model.z_dim, generator=generator).to(self.device)
-        self.labels = (torch.arange(EVALUATED) % classes).to(self.device)
-        self.test = data.test[0]
-        self.classifier = train_classifier(data.domains[0], classes, self.device)
+        self.noise = torch.randn(count, self.model.z_dim, generator=generator).to(self.device)
+        self.labels = (torch.arange(count) % (self.num_classes or 0)).to(self.device)
+        (test,) = data.test
+        index = evenly(len(test), min(len(test), PROBED)).tolist()
+        batch = test.fetch(index, torch.Generator())
+        self.probed = {name: value.to(self.device) for name, value in batch.items()}
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """How many of 1,000 samples are read as the class that they were asked for."""
-        images = in_chunks(self.averaged["G"], self.noise, self.labels)
-        return {"accuracy": read_accuracy(self.classifier, images, self.labels)}
+    def figures(self, generators: dict[str, nn.Module], brief: bool) -> dict[str, float]:
+        """Of as many samples as the reference says, the classes in turn."""
+        (reference,) = self.references
+        noise, labels = self.noise[: reference.count], self.labels[: reference.count]
+        seen = Seen.joined(
+            reference.observe(generators["G"](z, y), y)
+            for z, y in zip(noise.split(CHUNK), labels.split(CHUNK), strict=True)
+        )
+        return reference.compare(seen) | reference.compare_classes(seen)
+
+    def standing_forwards(self, name: str, net: nn.Module, count: int) -> list[Callable[[], Any]]:
+        generator = torch.Generator().manual_seed(self.cfg.seed)
+        n, classes = self.cfg.data.batch_size, self.num_classes or 0
+
+        def forward() -> None:
+            noise = torch.randn(n, self.model.z_dim, generator=generator)
+            labels = torch.randint(classes, (n,), generator=generator)
+            net(noise.to(self.device), labels.to(self.device))
+
+        return [forward] * count
 
     def reference_figures(self) -> dict[str, float]:
-        """The ceiling of `accuracy`: held-out real images."""
-        every = max(1, len(self.test) // EVALUATED)
-        batch = self.test.fetch(list(range(0, len(self.test), every)), torch.Generator())
-        images, labels = batch["image"].to(self.device), batch["label"].to(self.device)
-        return {"accuracy_real": read_accuracy(self.classifier, images, labels)}
+        """The floor, or the ceiling: held-out real images."""
+        (reference,) = self.references
+        real = reference.held_out
+        return suffixed(reference.compare(real) | reference.compare_classes(real), "real")
+
+    def probes(self) -> dict[str, Probe]:
+        labels = self.labels[:PROBED]
+        images = in_chunks(self.averaged["G"], self.noise[:PROBED], labels)
+        return {"": Probe(images, self.probed["image"], labels, self.probed["label"])}
 
     @torch.no_grad()
     def samples(self) -> dict[str, tuple[Tensor, int]]:

@@ -2,15 +2,22 @@
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gannorm.augment import diff_augment
 from gannorm.backend import check_backend, use_backend
 from gannorm.config import Config
 from gannorm.data import Batch, Data
+from gannorm.diagnostics import Probe, measure, norm_faults, sample_faults
 from gannorm.errors import RequestError
+from gannorm.losses import Judge, discriminator_objective, is_penalized, judged_right
+from gannorm.metrics.evaluation import Reference
+from gannorm.metrics.standing import renew_statistics
+from gannorm.norm_table import gaps, norm_layers
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -22,11 +29,13 @@ class Task(ABC):
         generators, discriminators: by name; `averaged` holds the generators' EMA.
         optimizers: "G" for all generators, "D" for all discriminators.
         batches_per_step: how many batches `train_step` takes.
+        references: the real images of each domain, for the figures; none without labels.
     """
 
     admitted_norms: tuple[str, ...]
     refusal = ""  # why the other norms cannot work
     batches_per_step = 1
+    references: list[Reference]
 
     def __init__(self, cfg: Config, device: torch.device, num_classes: int | None) -> None:
         if cfg.norm.name not in self.admitted_norms:
@@ -75,21 +84,43 @@ class Task(ABC):
 
     @abstractmethod
     def prepare_evaluation(self, data: Data) -> None:
-        """Keep the held-out images and train the classifiers that `evaluate` uses."""
+        """Make the references, and keep what `evaluate` and `samples` show the generators."""
 
     @abstractmethod
-    def evaluate(self) -> dict[str, float]:
-        """Sample quality of the averaged generators."""
+    def figures(self, generators: dict[str, nn.Module], brief: bool) -> dict[str, float]:
+        """Sample quality of generators in evaluation mode; a single class's as NAME/CLASS.
+
+        brief: without the figures that cost passes of their own.
+        """
+
+    @abstractmethod
+    def standing_forwards(self, name: str, net: nn.Module, count: int) -> list[Callable[[], Any]]:
+        """`count` forward passes of generator `name`, each on another batch of training size."""
 
     @abstractmethod
     def reference_figures(self) -> dict[str, float]:
-        """What `evaluate`'s figures are to be held against; computed once."""
+        """What the figures are to be held against, as FIGURE_real etc.; computed once."""
+
+    @abstractmethod
+    def probes(self) -> dict[str, Probe]:
+        """Images of the averaged generators for the diagnostics, by name ("" or "_AtoB")."""
 
     @abstractmethod
     def samples(self) -> dict[str, tuple[Tensor, int]]:
         """Named image batches (N, C, H, W) to show, and how many stand in a row."""
 
     # ---- what they share
+
+    @torch.no_grad()
+    def diagnose(self) -> tuple[dict[str, float], dict[str, str]]:
+        """Figures of the samples and the norms, and the faults in them by name."""
+        with gaps(self.averaged) as found:
+            figures = measure(self.probes())
+        faults = sample_faults(figures)
+        faults |= norm_faults({**self.averaged, **self.discriminators}, found)
+        if found:
+            figures["probe/norm_gap"] = max(found.values())
+        return figures, faults
 
     def _check_shapes(self) -> None:
         """Refuse sizes that the layers refuse, before anything is built or loaded."""
@@ -108,14 +139,29 @@ class Task(ABC):
                 f"{reason}"
             ) from error
 
+    def norm_inputs(self) -> dict[str, torch.Size]:
+        """The shape of every norm layer's input while training, by "network.layer"."""
+        shapes: dict[str, torch.Size] = {}
+        with torch.device("meta"), torch.no_grad():
+            nets = self._build()
+            for name, net in {**nets[0], **nets[1]}.items():
+                for key, layer in norm_layers(net).items():
+                    layer.register_forward_pre_hook(
+                        lambda _, inputs, full=f"{name}.{key}": shapes.update(
+                            {full: inputs[0].shape}
+                        )
+                    )
+            self._dry_run(*nets)
+        return shapes
+
     def _optimizer(self, nets: dict[str, nn.Module], lr: float) -> torch.optim.Optimizer:
         parameters = [p for net in nets.values() for p in net.parameters()]
         betas = (self.cfg.optim.beta1, self.cfg.optim.beta2)
         fused = self.device.type in ("cuda", "cpu")
         return torch.optim.Adam(parameters, lr, betas, fused=fused)
 
-    def autocast(self) -> torch.autocast:
-        enabled = self.dtype is not torch.float32
+    def autocast(self, enabled: bool = True) -> torch.autocast:
+        enabled = enabled and self.dtype is not torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
     def norm_backend(self) -> Any:
@@ -132,23 +178,83 @@ class Task(ABC):
                 group["lr"] = rate
         return rates
 
-    def _descend(self, name: str, loss: Tensor) -> None:
-        """One step of optimizer `name` down `loss`'s gradient."""
+    def _augment(self, images: Tensor) -> Tensor:
+        """Images as the discriminators see them."""
+        return diff_augment(images, [each.name for each in self.cfg.loss.diffaugment])
+
+    def _train_discriminators(
+        self, sides: Mapping[str, tuple[Judge, Tensor, Tensor]]
+    ) -> dict[str, Tensor]:
+        """One step of the discriminators, each by name with its (judge, real, fake).
+
+        Returns losses, mean logits, and the shares of real and fake that were judged right.
+        """
+        cfg, figures, total = self.cfg.loss, {}, torch.zeros((), device=self.device)
+        penalized = is_penalized(cfg)
+        with self.autocast(not penalized):  # a penalty differentiates through all of it
+            for name, (judge, real, fake) in sides.items():
+                loss, penalty, logits = discriminator_objective(judge, real, fake, cfg)
+                total = total + loss + penalty
+                figures[name] = loss
+                if penalized:
+                    figures[f"{name}_penalty"] = penalty
+                shares = judged_right(*logits, cfg.gan.name)
+                for side, values, share in zip(("real", "fake"), logits, shares, strict=True):
+                    figures[f"{name}_{side}"] = values.float().mean()
+                    figures[f"balance/{name}_{side}_right"] = share
+        figures["balance/gradient_D"] = self._descend("D", total)
+        return figures
+
+    def _descend(self, name: str, loss: Tensor) -> Tensor:
+        """One step of optimizer `name` down `loss`'s gradient, whose norm it returns.
+
+        A gradient that is not finite changes no weight: the step that produced it can be run
+        again, to see where.
+        """
         optimizer = self.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        self.scaler.unscale_(optimizer)
+        nets = (self.generators if name == "G" else self.discriminators).values()
+        gradients = [[p.grad for p in net.parameters() if p.grad is not None] for net in nets]
+        norms = [nn.utils.get_total_norm(each) for each in gradients]
         clip = self.cfg.optim.clip_norm
         if clip is not None:
-            self.scaler.unscale_(optimizer)
-            nets = self.generators if name == "G" else self.discriminators
-            for net in nets.values():
-                nn.utils.clip_grad_norm_(net.parameters(), clip)
+            for net, norm in zip(nets, norms, strict=True):
+                nn.utils.clip_grads_with_norm_(net.parameters(), clip, norm)
+        total = torch.stack(norms).norm()
+        if not self.scaler.is_enabled():  # which sets this itself, for the fused Adam
+            vars(optimizer)["found_inf"] = (~total.isfinite()).float()
         self.scaler.step(optimizer)
         self.scaler.update()
+        return total
 
     def _freeze_discriminators(self, frozen: bool) -> None:
         for net in self.discriminators.values():
             net.requires_grad_(not frozen)
+
+    @torch.no_grad()
+    def evaluate(self, generators: dict[str, nn.Module], brief: bool = False) -> dict[str, float]:
+        """The figures of copies of `generators`, trained or averaged, which stay as they are."""
+        copies = {name: copy.deepcopy(net).eval() for name, net in generators.items()}
+        count = self.cfg.metrics.standing_batches
+        for name, net in copies.items():
+            renew_statistics(net, self.standing_forwards(name, net, count))
+        return self.figures(copies, brief)
+
+    def protocol(self) -> dict[str, Any]:
+        """How the figures came about: written beside them."""
+        made: dict[str, Any] = {"extractor": "none: embedded needs labels to be trained on"}
+        if self.references:
+            found = [reference.protocol() for reference in self.references]
+            made = found[0] if len(found) == 1 else dict(zip("AB", found, strict=True))
+        return {
+            "data": self.cfg.data.name,
+            "image_size": self.cfg.data.image_size,
+            "seed": self.cfg.seed,
+            "standing_batches": self.cfg.metrics.standing_batches,
+            **made,
+        }
 
     @torch.no_grad()
     def update_averages(self, step: int) -> None:

@@ -1,0 +1,242 @@
+"""Early warnings: what goes wrong with GANs, measured while training, and named.
+
+Every threshold was measured: the two default runs stay clear of it, and a run made to fail in
+that way crosses it (`tests/test_diagnostics.py`).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gannorm.monitor import Monitor
+from gannorm.norm_table import Gaps, fault, norm_layers
+
+# In brackets: the worst that the two default runs showed, 1,000 and 1,200 steps.
+PATIENCE = 100  # steps that a fault must hold before it is reported
+WINS, LOSES = 0.95, 0.5  # shares that a discriminator judges right (0.83 and 0.83; 0.53)
+VANISHING = 1e-3  # norm of the generators' gradient (1.9)
+DIVERSITY = 0.1  # variance of samples, of the real images' of the same class (0.18, later 0.32)
+INVERTED = -0.3  # correlation of brightness (0.80)
+CHECKERBOARD = 3.0  # energy of the finest checkerboard, in real images' plus FLOOR (2.2)
+FLOOR = 0.005  # of the variance: below it no checkerboard is seen
+
+
+@dataclass
+class Probe:
+    """Generated images (N, C, S, S) and what to hold them against.
+
+    labels, real_labels: (N,), or None where there are no classes.
+    like: images (N, C, S, S) that each generated one should be bright and dark with, if any.
+    """
+
+    images: Tensor
+    real: Tensor
+    labels: Tensor | None = None
+    real_labels: Tensor | None = None
+    like: Tensor | None = None
+
+
+# ---- figures
+
+
+def diversity(images: Tensor, labels: Tensor | None) -> float:
+    """Variance of a pixel within a class, averaged; NaN where no class has two images.
+
+    Images are shrunk to at most 8x8 first: noise on the pixels is not variety.
+    """
+    small = nn.functional.adaptive_avg_pool2d(images.float(), min(8, images.shape[-1])).flatten(1)
+    if labels is None:
+        return float(small.var(0).mean())
+    groups = [small[labels == k] for k in labels.unique()]
+    found = [each.var(0).mean() for each in groups if len(each) > 1]
+    return float(torch.stack(found).mean()) if found else float("nan")
+
+
+def checkerboard(images: Tensor) -> float:
+    """Energy in the finest checkerboard, |a - b - c + d|^2 / 4 of 2x2 pixels, of the variance."""
+    x = images.float()
+    a, b, c, d = x[..., :-1, :-1], x[..., :-1, 1:], x[..., 1:, :-1], x[..., 1:, 1:]
+    return float((a - b - c + d).square().mean() / 4 / x.var((2, 3)).mean().clamp_min(1e-6))
+
+
+def polarity(images: Tensor, like: Tensor) -> float:
+    """Mean correlation of brightness between each image and its `like`, in [-1, 1]."""
+    pairs = torch.stack([images.float(), like.float()]).mean(2).flatten(2)  # (2, N, S*S)
+    centred = nn.functional.normalize(pairs - pairs.mean(2, keepdim=True), dim=2)
+    return float((centred[0] * centred[1]).sum(1).mean())
+
+
+def measure(probes: Mapping[str, Probe]) -> dict[str, float]:
+    """What the warnings about samples are judged by, for each probe by name ("" or "_AtoB")."""
+    figures = {}
+    for name, probe in probes.items():
+        real = diversity(probe.real, probe.real_labels)
+        figures[f"probe/diversity{name}"] = diversity(probe.images, probe.labels) / max(real, 1e-6)
+        figures[f"probe/checkerboard{name}"] = checkerboard(probe.images) / (
+            checkerboard(probe.real) + FLOOR
+        )
+        if probe.like is not None:
+            figures[f"probe/polarity{name}"] = polarity(probe.images, probe.like)
+    return {k: v for k, v in figures.items() if v == v}
+
+
+# ---- faults: by name, a warning or nothing
+
+
+def balance_faults(figures: Mapping[str, float]) -> dict[str, str]:
+    """Faults in the figures of the losses (`balance/...`)."""
+    faults = {"discriminator_wins": "", "discriminator_loses": "", "vanishing_gradient": ""}
+    for key in figures:
+        if not key.endswith("_real_right"):
+            continue
+        name = key.removeprefix("balance/").removesuffix("_real_right")
+        real, fake = figures[key], figures[f"balance/{name}_fake_right"]
+        said = f"{name} judges {real:.1%} of real and {fake:.1%} of generated images right"
+        if min(real, fake) > WINS:
+            faults["discriminator_wins"] = (
+                f"the discriminator wins outright ({said}): lower optim.lr_d, or set loss.r1, "
+                "loss.diffaugment"
+            )
+        if (real + fake) / 2 < LOSES:
+            faults["discriminator_loses"] = (
+                f"the discriminator loses outright ({said}): raise optim.lr_d or optim.d_steps"
+            )
+    gradient = figures.get("balance/gradient_G", 1.0)
+    if gradient < VANISHING:
+        faults["vanishing_gradient"] = (
+            f"the generator's gradient vanishes (norm {gradient:.1e}): its output is saturated or "
+            "the discriminator is flat; lower the learning rates, or take another loss="
+        )
+    return faults
+
+
+def sample_faults(figures: Mapping[str, float]) -> dict[str, str]:
+    """Faults in the figures of `measure`."""
+    faults: dict[str, str] = {}
+    for key, value in figures.items():
+        kind, _, direction = key.removeprefix("probe/").partition("_")
+        where = f" {direction}" if direction else ""
+        name, wrong, text = {
+            "diversity": (
+                "mode_collapse",
+                value < DIVERSITY,
+                f"mode collapse: samples{where} vary {value:.2f} times as much as real images of "
+                "their class; lower optim.lr_d, or set loss.diffaugment, loss.r1",
+            ),
+            "checkerboard": (
+                "checkerboard",
+                value > CHECKERBOARD,
+                f"checkerboard: samples{where} have {value:.1f} times the finest checkerboard of "
+                "real images; train longer, or lower optim.lr_g",
+            ),
+            "polarity": (
+                "colour_inversion",
+                value < INVERTED,
+                f"colour inversion: translations{where} are bright where they should be dark "
+                f"(correlation {value:.2f}); start anew with another seed=, or set "
+                "model.identity_weight",
+            ),
+        }[kind]
+        faults[name] = faults.get(name) or (text if wrong else "")
+    return faults
+
+
+def norm_faults(networks: Mapping[str, nn.Module], gaps: Gaps) -> dict[str, str]:
+    """Norms that collapsed: dead or exploding weights, running statistics far from the batch's."""
+    found = []
+    for net, module in networks.items():
+        for name, layer in norm_layers(module).items():
+            full = f"{net}.{name}"
+            wrong = fault(layer, None, gaps.get(full))
+            if wrong:
+                found.append(f"{full}: {wrong}")
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return {"norms": f"a norm fails: {found[0]}{more}" if found else ""}
+
+
+class Watch:
+    """Reports a fault once it has held for PATIENCE steps, and again if it comes back."""
+
+    def __init__(self) -> None:
+        self.since: dict[str, int] = {}  # the step at which a fault was first seen
+        self.reported: dict[str, int] = {}
+
+    def report(self, step: int, faults: Mapping[str, str], monitor: Monitor) -> dict[str, float]:
+        """`health/<name>` for each of the faults: 1 while it is reported, else 0.
+
+        A new one is printed, and is a text in TensorBoard.
+        """
+        health = {}
+        for name, text in faults.items():
+            if not text:
+                self.since.pop(name, None)
+                self.reported.pop(name, None)
+            elif step - self.since.setdefault(name, step) >= PATIENCE:
+                if name not in self.reported:
+                    self.reported[name] = step
+                    tqdm.write(f"warning: step {step}: {text}")
+                    monitor.text(f"health/{name}", text, step)
+            health[f"health/{name}"] = float(name in self.reported)
+        return health
+
+    def state_dict(self) -> dict[str, dict[str, int]]:
+        return {"since": dict(self.since), "reported": dict(self.reported)}
+
+    def load_state_dict(self, state: dict[str, dict[str, int]]) -> None:
+        self.since, self.reported = dict(state["since"]), dict(state["reported"])
+
+
+# ---- NaN and Inf
+
+
+class _Found(Exception):
+    pass
+
+
+def first_nonfinite(networks: Mapping[str, nn.Module], step: Callable[[], Any]) -> str | None:
+    """Where NaN or infinity first appears while `step()` runs, in words; None if nowhere.
+
+    Looks at every module's output on the way forward and at its gradient on the way back. The
+    networks are of no use afterwards.
+    """
+
+    def look(name: str, value: Tensor, backward: bool = False) -> None:
+        if not value.isfinite().all():
+            what = "the gradient that arrives at" if backward else "the output of"
+            raise _Found(f"{what} {name}")
+
+    with _hooked(networks, look):
+        try:
+            step()
+        except _Found as found:
+            return str(found)
+    return None
+
+
+@contextmanager
+def _hooked(networks: Mapping[str, nn.Module], look: Callable[..., None]) -> Iterator[None]:
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def forward(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.is_floating_point():
+                look(name, output.detach())
+                if output.requires_grad:
+                    output.register_hook(lambda gradient: look(name, gradient, backward=True))
+
+        return forward
+
+    handles = [
+        module.register_forward_hook(hook(f"{net} {name} ({type(module).__name__})"))
+        for net, network in networks.items()
+        for name, module in network.named_modules()
+        if name
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,78 @@
+"""The norm table of a checkpoint, or of what a config would train."""
+
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from gannorm.config import Config, explain_composition, typed
+from gannorm.data import build_data
+from gannorm.errors import RequestError
+from gannorm.inference import load_task
+from gannorm.norm_table import AVERAGED, gaps, render, table
+from gannorm.tasks import ClassConditional, Task, build_task
+from gannorm.trainer import check_pair
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def inspect(what: list[str]) -> None:
+    """Print a line for every norm layer: what it averages over, its ranges, its verdict.
+
+    what: one checkpoint file or run folder, or overrides of the config (key=value), none of
+        which is the default config. Running statistics are compared with those of a batch of
+        samples where a checkpoint can make one without images.
+
+    Raises:
+        RequestError: no such checkpoint, or a config that `train.py` would refuse too.
+    """
+    overrides = [each for each in what if "=" in each and not Path(each).exists()]
+    if overrides and len(overrides) < len(what) or len(what) - len(overrides) > 1:
+        raise RequestError(
+            f"inspect takes one checkpoint or run folder, or key=value overrides, not {what}"
+        )
+    if what and not overrides:
+        task = load_task(Path(what[0]))
+        averaged = {f"{AVERAGED}{name}": net for name, net in task.averaged.items()}
+    else:
+        task, averaged = _of_config(overrides), {}
+    with gaps(averaged) as found, torch.no_grad(), task.norm_backend():
+        if averaged and isinstance(task, ClassConditional):
+            labels = torch.arange(task.cfg.data.batch_size, device=task.device)
+            noise = torch.randn(len(labels), task.model.z_dim, device=task.device)
+            task.averaged["G"](noise, labels % (task.num_classes or 1))
+    rows = table({**task.networks, **averaged}, task.norm_inputs(), found)
+    cfg = task.cfg
+    size = cfg.data.image_size
+    print(
+        f"{cfg.model.name}, norm {cfg.norm.name}, batch {cfg.data.batch_size} of {size}x{size}; "
+        "values: per mean and variance"
+    )
+    print(render(rows) if rows else "no norm layers")
+
+
+def _of_config(overrides: list[str]) -> Task:
+    """An untrained task of the config files of the source tree."""
+    if not (CONF / "config.yaml").is_file():
+        raise RequestError(f"there are no config files in {CONF}; run this in the source tree")
+    cfg = typed(_composed(overrides))
+    check_pair(cfg)
+    return build_task(cfg, torch.device("cpu"), _classes(cfg))
+
+
+def _composed(overrides: list[str]) -> DictConfig:
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("config", overrides)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise RequestError(explain_composition(error, CONF)) from error
+
+
+def _classes(cfg: Config) -> int | None:
+    """As the data would say, without a download."""
+    if cfg.model.name == "cyclegan":
+        return None
+    return build_data(cfg.data).num_classes if cfg.data.name == "image_folder" else 10

@@ -1,0 +1,173 @@
+"""Samples held against the real images of one domain: figures, their floor, their protocol."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gannorm.config import MetricsConfig
+from gannorm.data import Data, Source
+from gannorm.data.digest import digest
+from gannorm.metrics import distances
+from gannorm.metrics.features import Embedded, Extractor, Inception, cached, embedded
+
+CHUNK = 128  # images seen at a time
+MOST_REAL, MOST_GENERATED = 50_000, 10_000  # the latter unless metrics.samples says otherwise
+
+
+@dataclass
+class Seen:
+    """Some images as the networks see them; None for what there is not."""
+
+    features: Tensor  # (N, D)
+    logits: Tensor  # (N, K)
+    read: Tensor | None = None  # (N,), the class that a classifier of the domain reads
+    labels: Tensor | None = None  # (N,)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: Tensor | slice) -> "Seen":
+        return Seen(*(None if v is None else v[index] for v in self.values()))  # type: ignore[arg-type]
+
+    def values(self) -> list[Tensor | None]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+    @classmethod
+    def joined(cls, parts: Iterable["Seen"]) -> "Seen":
+        columns = zip(*(part.values() for part in parts), strict=True)
+        return cls(*(None if c[0] is None else torch.cat(c) for c in columns))  # type: ignore[arg-type]
+
+
+class Reference:
+    """The real images of one domain; what is seen of them is kept on disk by their content.
+
+    Args:
+        real: training images, unaugmented, of which at most MOST_REAL are taken, evenly spaced.
+        held_out: real images that training never sees. Given `real` itself, as where there are
+            none, every second training image stands in for them.
+        extractor: of the features of the distances.
+        reader: a classifier of the domain, if its images have labels.
+        samples: how many held-out images are taken, and generated ones to be compared; None: as
+            many as are held out. Distances depend on the counts: only equal ones can be compared.
+    """
+
+    def __init__(
+        self, real: Source, held_out: Source, extractor: Extractor, reader: Embedded | None,
+        device: torch.device, cache: Path, samples: int | None = None,
+    ) -> None:  # fmt: skip
+        self.extractor, self.reader, self.device = extractor, reader, device
+        self.real = self._observed(real, cache)
+        if held_out is real:
+            self.real, rest = self.real[0::2], self.real[1::2]
+        else:
+            rest = self._observed(held_out, cache)
+        self.count = min(len(rest), MOST_GENERATED) if samples is None else samples
+        self.held_out = rest[evenly(len(rest), min(self.count, len(rest))).to(device)]
+        self.split = "every other training image" if held_out is real else "held-out images"
+
+    @torch.no_grad()
+    def observe(self, images: Tensor, labels: Tensor | None = None) -> Seen:
+        """What is seen of images (N, C, S, S) in [-1, 1]."""
+        features, logits = self.extractor(images)
+        read = None
+        if self.reader is not None:
+            own = logits if self.reader is self.extractor else self.reader(images)[1]
+            read = own.argmax(1)
+        return Seen(features, logits, read, labels)
+
+    def _observed(self, source: Source, cache: Path) -> Seen:
+        networks = [net.identity() for net in (self.extractor, self.reader) if net is not None]
+        key = digest(source.digest(), MOST_REAL, *networks)
+
+        def make() -> list[Tensor | None]:
+            parts = []
+            for index in evenly(len(source), min(len(source), MOST_REAL)).split(CHUNK):
+                batch = source.fetch(index.tolist(), torch.Generator().manual_seed(int(index[0])))
+                labels = batch["label"].to(self.device) if "label" in batch else None
+                parts.append(self.observe(batch["image"].to(self.device), labels))
+            return [None if v is None else v.cpu() for v in Seen.joined(parts).values()]
+
+        values = cached(cache, f"features-{key}", make)
+        return Seen(*(None if v is None else v.to(self.device) for v in values))  # type: ignore[arg-type]
+
+    def compare(self, seen: Seen) -> dict[str, float]:
+        """Every figure of samples: those on features, and the accuracy where there are labels.
+
+        Nothing on features where one side has too few images to have neighbours.
+        """
+        figures = {}
+        if min(len(self.real), len(seen)) > distances.NEIGHBOURS:
+            figures["fid"] = distances.fid(self.real.features, seen.features)
+            figures["kid"] = distances.kid(self.real.features, seen.features)
+            figures["inception_score"] = distances.inception_score(seen.logits)
+            figures |= distances.neighbourhoods(self.real.features, seen.features)
+        if seen.read is not None and seen.labels is not None:
+            figures["accuracy"] = float((seen.read == seen.labels).double().mean())
+        return figures
+
+    def compare_classes(self, seen: Seen) -> dict[str, float]:
+        """class_fid, the mean over the classes (intra-FID, Miyato and Koyama, 2018), and each
+        class's: class_fid/K, class_accuracy/K. Both sides need labels."""
+        assert seen.labels is not None and seen.read is not None and self.real.labels is not None
+        fids, accuracies = {}, {}
+        for k in seen.labels.unique().tolist():
+            ours, theirs = seen.labels == k, self.real.labels == k
+            accuracies[f"class_accuracy/{k}"] = float((seen.read[ours] == k).double().mean())
+            if min(ours.sum(), theirs.sum()) > 1:
+                fids[f"class_fid/{k}"] = distances.fid(
+                    self.real.features[theirs], seen.features[ours]
+                )
+        mean = {"class_fid": sum(fids.values()) / len(fids)} if fids else {}
+        return mean | fids | accuracies
+
+    def protocol(self) -> dict[str, Any]:
+        """How the figures came about; figures of another protocol are others."""
+        return {
+            "extractor": self.extractor.protocol,
+            "weights": self.extractor.identity()[:8],
+            "real": f"{len(self.real)} training images",
+            "floor": f"{len(self.held_out)} {self.split}",
+            "generated": self.count,
+            "neighbours": distances.NEIGHBOURS,
+            "kid": f"{distances.KID_SUBSETS} subsets of at most {distances.KID_SIZE}",
+            "inception_score": f"{distances.IS_SPLITS} splits",
+        }
+
+
+def build_references(cfg: MetricsConfig, data: Data, device: torch.device) -> list[Reference]:
+    """One for each domain of `data`; none where `embedded` has no labels to be trained on.
+
+    Raises:
+        RequestError: weights that are not there.
+    """
+    cache = Path(cfg.cache).expanduser()
+    inception = Inception(cfg.weights).to(device) if cfg.extractor.name == "inception" else None
+    references = []
+    for domain, real, held_out in zip(data.domains, data.real, data.test, strict=True):
+        reader = None
+        if data.num_classes is not None:
+            reader = embedded(domain, data.num_classes, device, cache)
+        extractor = inception or reader
+        if extractor is None:
+            return []
+        references.append(Reference(real, held_out, extractor, reader, device, cache, cfg.samples))
+    return references
+
+
+def evenly(length: int, count: int) -> Tensor:
+    """`count` evenly spaced indices below `length`."""
+    return torch.arange(count) * length // count
+
+
+def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int = CHUNK) -> Tensor:
+    """function(*tensors), `size` samples at a time."""
+    chunks = zip(*(t.split(size) for t in tensors), strict=True)
+    return torch.cat([function(*chunk) for chunk in chunks])
+
+
+def suffixed(figures: dict[str, float], suffix: str) -> dict[str, float]:
+    return {f"{name}_{suffix}": value for name, value in figures.items()}

@@ -1,0 +1,197 @@
+"""References: real against real is the floor, faults raise the right figure, caches are honest."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from standin import inception_weights
+
+from gannorm.config import DigitsConfig, ExtractorName, MetricsConfig
+from gannorm.data import build_data, fetch_all
+from gannorm.data.digits import _Tensors
+from gannorm.metrics import evaluation
+from gannorm.metrics.distances import fid
+from gannorm.metrics.evaluation import Reference, Seen, build_references, evenly
+
+CPU = torch.device("cpu")
+CACHE = Path(os.environ["GANNORM_CACHE"])
+
+
+def config(**changes) -> MetricsConfig:
+    values = {
+        "extractor": ExtractorName["embedded"], "weights": None, "samples": None,
+        "standing_batches": 0, "best": None, "patience": None, "cache": str(CACHE),
+    }  # fmt: skip
+    return MetricsConfig(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def data():
+    return build_data(DigitsConfig("digits", 32, 1, 32, 0))
+
+
+@pytest.fixture(scope="module")
+def reference(data) -> Reference:
+    return build_references(config(), data, CPU)[0]
+
+
+@pytest.fixture(scope="module")
+def held_out(data):
+    return fetch_all(data.test[0])
+
+
+def figures(reference: Reference, images, labels) -> dict[str, float]:
+    seen = reference.observe(images, labels)
+    return reference.compare(seen) | reference.compare_classes(seen)
+
+
+def test_each_fault_raises_the_right_figure(reference, held_out):
+    """Held-out real digits lowest; then what a generator may do wrong, done to them."""
+    images, labels = held_out["image"], held_out["label"]
+    real = figures(reference, images, labels)
+    g = torch.Generator().manual_seed(0)
+    noisy = figures(reference, images + 0.5 * torch.randn(images.shape, generator=g), labels)
+    kept = labels < 7
+    dropped = figures(reference, images[kept], labels[kept])
+    index = torch.arange(360) % 30
+    duplicated = figures(reference, images[index], labels[index])
+    swapped = figures(reference, images, labels[torch.randperm(360, generator=g)])
+    assert real["accuracy"] > 0.95 and real["coverage"] > 0.9
+    for worse in (noisy, dropped, duplicated):
+        assert worse["fid"] > 2 * real["fid"] and worse["kid"] > real["kid"] + 0.1
+    assert noisy["precision"] < real["precision"] - 0.2 and noisy["accuracy"] < real["accuracy"]
+    assert dropped["coverage"] < real["coverage"] - 0.15 and dropped["accuracy"] > 0.95
+    assert dropped["inception_score"] < real["inception_score"] - 0.5
+    assert duplicated["coverage"] < 0.5 and duplicated["precision"] > real["precision"] - 0.15
+    # Swapped labels change nothing but what is read and each class's own distance.
+    assert all(swapped[k] == real[k] for k in ("fid", "kid", "precision", "coverage"))
+    assert swapped["accuracy"] < 0.2 and swapped["class_fid"] > 5 * real["class_fid"]
+
+
+def test_the_floor_is_of_the_held_out_images(reference, held_out):
+    seen = reference.observe(held_out["image"], held_out["label"])
+    assert reference.compare(reference.held_out) == pytest.approx(reference.compare(seen))
+    assert reference.count == 360 and len(reference.real) == 1437
+    assert reference.protocol()["floor"] == "360 held-out images"
+    assert reference.protocol()["real"] == "1437 training images"
+
+
+def test_classes_are_compared_with_their_own(reference, held_out):
+    seen = reference.observe(held_out["image"], held_out["label"])
+    found = reference.compare_classes(seen)
+    own = fid(reference.real.features[reference.real.labels == 3], seen.features[seen.labels == 3])
+    assert found["class_fid/3"] == own
+    every = [found[f"class_fid/{k}"] for k in range(10)]
+    assert found["class_fid"] == pytest.approx(sum(every) / 10)
+    weights = torch.bincount(held_out["label"]) / 360
+    accuracy = sum(found[f"class_accuracy/{k}"] * float(weights[k]) for k in range(10))
+    assert accuracy == pytest.approx(reference.compare(seen)["accuracy"])
+    alone = seen[:1]
+    assert set(reference.compare_classes(alone)) == {f"class_accuracy/{int(alone.labels[0])}"}
+
+
+def test_too_few_samples_have_no_distances(reference, held_out):
+    seen = reference.observe(held_out["image"][:5], held_out["label"][:5])
+    assert set(reference.compare(seen)) == {"accuracy"}
+
+
+def test_samples_set_the_counts(data):
+    fewer = build_references(config(samples=100), data, CPU)[0]
+    assert fewer.count == len(fewer.held_out) == 100
+    more = build_references(config(samples=1000), data, CPU)[0]
+    assert more.count == 1000 and len(more.held_out) == 360
+
+
+def test_without_held_out_images_the_training_ones_are_split(data, reference):
+    source = data.real[0]
+    halves = Reference(source, source, reference.extractor, reference.reader, CPU, CACHE)
+    assert len(halves.real) == 719 and len(halves.held_out) == halves.count == 718
+    assert halves.compare(halves.held_out)["fid"] > 0.1
+    assert halves.protocol()["floor"] == "718 every other training image"
+
+
+def test_unlabelled_images_have_no_embedded_figures(data):
+    data = build_data(DigitsConfig("digits", 32, 1, 32, 0))
+    data.num_classes = None
+    assert build_references(config(), data, CPU) == []
+
+
+def test_what_was_seen_is_kept_by_content(data, reference, monkeypatch, tmp_path):
+    images, labels = data.real[0].images[:40], data.real[0].labels[:40]
+    source, made = _Tensors(images, labels), []
+    fetch = _Tensors.fetch
+
+    def counted(self, index, generator):
+        made.append(len(index))
+        return fetch(self, index, generator)
+
+    monkeypatch.setattr(_Tensors, "fetch", counted)
+
+    def reference_of(source) -> Reference:
+        return Reference(source, source, reference.extractor, reference.reader, CPU, tmp_path)
+
+    first = reference_of(source)
+    assert made == [40]
+    again = reference_of(_Tensors(images.clone(), labels.clone()))
+    assert made == [40] and torch.equal(again.real.features, first.real.features)
+    assert torch.equal(again.real.labels, first.real.labels)
+    reference_of(_Tensors(images + 0.1, labels))
+    assert made == [40, 40]
+    monkeypatch.setattr(evaluation, "MOST_REAL", 10)
+    assert len(reference_of(source).real) == 5 and made == [40, 40, 10]
+
+
+def test_inception_beside_a_reader(data, monkeypatch):
+    """Distances by the one, classes by the other."""
+
+    class Stand(torch.nn.Module):
+        protocol = "a stand-in"
+
+        def __init__(self, weights):
+            super().__init__()
+            self.register_buffer("bias", torch.tensor(float(weights)))
+
+        def identity(self):
+            return "x" * 8
+
+        def forward(self, images):
+            return images.flatten(1)[:, ::50] + self.bias, images.flatten(1)[:, :5]
+
+    monkeypatch.setattr(evaluation, "Inception", Stand)
+    both = build_references(config(extractor=ExtractorName["inception"], weights="0.5"), data, CPU)[
+        0
+    ]
+    real = both.compare(both.held_out)
+    assert real["accuracy"] > 0.95 and both.protocol()["extractor"] == "a stand-in"
+    assert both.real.features.shape[1] == 21
+
+
+def test_unlabelled_images_are_measured_by_inception(data, held_out, tmp_path):
+    """The real thing, from a weights file to the figures; 2048 features of 14 images."""
+    few = build_data(DigitsConfig("digits", 32, 1, 32, 0))
+    for sources in (few.domains, few.real):
+        sources[0] = _Tensors(data.real[0].images[:7], data.real[0].labels[:7])
+    few.test[0] = _Tensors(held_out["image"][:7], held_out["label"][:7])
+    few.num_classes = None
+    weights = str(inception_weights(tmp_path / "w.pth"))
+    cfg = config(extractor=ExtractorName["inception"], weights=weights, cache=str(tmp_path))
+    (reference,) = build_references(cfg, few, CPU)
+    assert reference.real.features.shape == (7, 2048) and reference.reader is None
+    found = reference.compare(reference.held_out)
+    assert set(found) == {
+        "fid", "kid", "inception_score", "precision", "recall", "density", "coverage",
+    }  # fmt: skip
+    assert found["fid"] > 0 and reference.compare(reference.real)["fid"] < 1e-6 * found["fid"]
+    assert len(list(tmp_path.glob("features-*.pt"))) == 2
+
+
+def test_evenly():
+    assert evenly(10, 10).tolist() == list(range(10))
+    assert evenly(10, 4).tolist() == [0, 2, 5, 7] and evenly(3, 0).tolist() == []
+
+
+def test_seen():
+    a = Seen(torch.zeros(2, 3), torch.zeros(2, 4), None, torch.tensor([1, 2]))
+    both = Seen.joined([a, a[1:]])
+    assert len(both) == 3 and both.read is None and both.labels.tolist() == [1, 2, 2]
