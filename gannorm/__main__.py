@@ -4,6 +4,7 @@ CHECKPOINT is a checkpoint file, or a run folder (then its newest checkpoint).
 """
 
 import argparse
+import signal
 from pathlib import Path
 
 from gannorm.errors import answering_requests
@@ -47,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # `... inspect RUN | head` ends quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     with answering_requests():
         arguments = parser().parse_args()
         arguments.run(arguments)

@@ -21,6 +21,7 @@ from gannorm.checks import (
     DEGENERATE,
     VAR_ESTIMATORS,
     check_broadcast,
+    check_choice,
     check_devices,
     check_dims,
     check_floating,
@@ -30,7 +31,7 @@ from gannorm.checks import (
     check_tables,
     check_vector,
 )
-from gannorm.reference import NormSpec
+from gannorm.reference import NormSpec, Running
 
 __all__ = [
     "batch_norm",
@@ -47,7 +48,7 @@ __all__ = [
 
 def _normalize(
     x: Tensor,
-    weight: Tensor | None,  # (K, C)
+    weight: Tensor | None,  # (C,), or (K, C) with labels
     bias: Tensor | None,
     labels: Tensor | None,
     given: tuple[Tensor, Tensor] | None,
@@ -58,14 +59,11 @@ def _normalize(
     negative_slope: float,
     residual: Tensor | None,
     residual_after_activation: bool,
-    running: tuple[Tensor | None, Tensor | None, float, float] | None = None,
+    running: Running | None = None,
 ) -> Tensor:
-    """Check the epilogue, flatten to (N, C, S), run the Function, restore shape and layout.
-
-    running: running mean and variance (C,), their momentum, and biased variance to running one.
-    """
+    """Check the epilogue, flatten to (N, C, S), run the Function, restore shape and layout."""
     if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation={activation!r} is unknown; choose from {ACTIVATIONS}")
+        check_choice(f"{op}: activation", activation, ACTIVATIONS)
     if residual is not None:
         check_floating(residual, "residual", op)
     if residual is not None and residual.shape != x.shape:
@@ -75,15 +73,20 @@ def _normalize(
         )
     check_devices(x, op, weight=weight, bias=bias, labels=labels, residual=residual)
     spec = NormSpec(groups, eps, activation, negative_slope, residual_after_activation)
+    if residual is not None:
+        residual = residual.to(x.dtype)
+    by_torch = transformed()
+    backend = reference if by_torch else module_for(x)
+    if backend is native and labels is None:
+        done = native.norm(x.contiguous(), weight, bias, residual, given, running, spec)
+        if done is not None:
+            return done if x.dim() != 4 else done.contiguous(memory_format=_memory_format(x))
+    if labels is None:
+        weight, bias = (None if t is None else t.unsqueeze(0) for t in (weight, bias))
     flat = (x.shape[0], x.shape[1], math.prod(x.shape[2:]))
     rows = x.reshape(flat)
     if residual is not None:
-        residual = residual.to(x.dtype).reshape(flat)
-    if transformed():
-        y, stats = reference.forward(rows, weight, bias, labels, residual, given, spec)
-        reference.update_running(running, stats)
-        return y.reshape(x.shape)
-    backend = module_for(x)
+        residual = residual.reshape(flat)
     on_kernels = backend is not native and backend is not reference
     in_place = on_kernels and _channels_last(rows)
     if rows.stride(2) != 1 and not in_place:
@@ -92,27 +95,21 @@ def _normalize(
         weight, bias, labels = (
             None if t is None else t.contiguous() for t in (weight, bias, labels)
         )
-    direct = None
-    if backend is native and labels is None:
-        direct = native.norm(rows, weight, bias, residual, given, spec, running is not None)
-    if direct is not None:
-        y, statistics = direct
-        if statistics is not None:
-            reference.update_running(running, statistics)
+    moved = False
+    if by_torch:
+        y, stats = reference.forward(rows, weight, bias, labels, residual, given, spec)
     elif on_kernels and torch.compiler.is_compiling():
         mean, var = given or (None, None)
         y, stats = ops.norm(rows, weight, bias, labels, residual, mean, var, *spec)
-        reference.update_running(running, stats)
     else:
-        moved = on_kernels and groups == 0 and x.dtype != torch.float64
-        fused = running if moved else None
+        moved = groups == 0 and (on_kernels and x.dtype != torch.float64 or backend is native)
         y, stats = NormFunction.apply(
-            rows, weight, bias, residual, labels, given, fused, spec, backend
+            rows, weight, bias, residual, labels, given, running if moved else None, spec, backend
         )
-        if fused is None:
-            reference.update_running(running, stats)
-    y = y.view(x.shape)
-    if x.dim() == 4 and not in_place and not x.is_contiguous():
+    if not moved:
+        reference.update_running(running, stats)
+    y = y.reshape(x.shape)
+    if x.dim() == 4 and not (in_place or by_torch):
         y = y.contiguous(memory_format=_memory_format(x))
     return y
 
@@ -124,8 +121,10 @@ def _channels_last(rows: Tensor) -> bool:
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format
+    """Of the output for `x`: channels_last where it is that and not contiguous as well."""
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def _batch_norm(
@@ -146,12 +145,8 @@ def _batch_norm(
     for name, t in (("running_mean", running_mean), ("running_var", running_var)):
         check_vector(t, name, x.shape[1], op)
         check_devices(x, op, **{name: t})
-    for name, value, known in (
-        ("degenerate", degenerate, DEGENERATE),
-        ("var_estimator", var_estimator, VAR_ESTIMATORS),
-    ):
-        if value not in known:
-            raise ValueError(f"{op}: {name}={value!r} is unknown; choose one of {known}")
+    check_choice(f"{op}: degenerate", degenerate, DEGENERATE)
+    check_choice(f"{op}: var_estimator", var_estimator, VAR_ESTIMATORS)
     if not training:
         if running_mean is None or running_var is None:
             raise ValueError(
@@ -203,7 +198,7 @@ def batch_norm(
     for name, t in (("weight", weight), ("bias", bias)):
         check_vector(t, name, input.shape[1], "batch_norm")
     return _batch_norm(
-        input, _row(weight), _row(bias), None, running_mean, running_var, training, momentum, eps,
+        input, weight, bias, None, running_mean, running_var, training, momentum, eps,
         "batch_norm", degenerate, var_estimator, activation=activation,
         negative_slope=negative_slope, residual=residual,
         residual_after_activation=residual_after_activation,
@@ -244,10 +239,6 @@ def conditional_batch_norm(
     )  # fmt: skip
 
 
-def _row(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.unsqueeze(0)
-
-
 def instance_norm(
     input: Tensor,
     running_mean: Tensor | None = None,
@@ -283,15 +274,13 @@ def instance_norm(
         if running_mean is None or running_var is None:
             raise ValueError(f"{op}: use_input_stats=False needs running_mean and running_var")
         stats = (running_mean, running_var)
-        return _normalize(input, _row(weight), _row(bias), None, stats, 0, eps, op, *epilogue)
+        return _normalize(input, weight, bias, None, stats, 0, eps, op, *epilogue)
     check_plane(input, op)
     running = None
     if input.numel() and (running_mean is not None or running_var is not None):
         count = math.prod(input.shape[2:])
         running = (running_mean, running_var, momentum, count / (count - 1))
-    return _normalize(
-        input, _row(weight), _row(bias), None, None, channels, eps, op, *epilogue, running
-    )
+    return _normalize(input, weight, bias, None, None, channels, eps, op, *epilogue, running)
 
 
 def conditional_instance_norm(
@@ -347,7 +336,7 @@ def group_norm(
     for name, t in (("weight", weight), ("bias", bias)):
         check_vector(t, name, channels, op)
     return _normalize(
-        input, _row(weight), _row(bias), None, None, num_groups, eps, op, activation,
+        input, weight, bias, None, None, num_groups, eps, op, activation,
         negative_slope, residual, residual_after_activation,
     )  # fmt: skip
 
@@ -381,7 +370,7 @@ def layer_norm(
     # One group of `width` channels with one element each: the affine is then per element.
     width = math.prod(shape)
     rows = input.reshape(math.prod(input.shape[: -len(shape)]), width)
-    weight, bias = (None if t is None else t.reshape(1, width) for t in (weight, bias))
+    weight, bias = (None if t is None else t.reshape(width) for t in (weight, bias))
     y = _normalize(rows, weight, bias, None, None, 1, eps, op, None, 0.0, None, False)
     return y.view(input.shape)
 

@@ -13,6 +13,7 @@ from gannorm.checks import (
     check_choice,
     check_weight_init,
 )
+from gannorm.reference import NormSpec, finish
 
 SETTINGS = ("weight_init", "var_estimator", "degenerate")  # in the repr where not the default
 
@@ -148,16 +149,9 @@ class NoNorm(nn.Module):
         self.epilogue = Epilogue(activation, negative_slope, after)
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        after = self.epilogue.residual_after_activation
-        y = input if residual is None or after else input + residual
-        if self.epilogue.activation is not None:
-            slope = self.epilogue.negative_slope
-            y = {
-                "relu": nn.functional.relu,
-                "leaky_relu": lambda t: nn.functional.leaky_relu(t, slope),
-                "silu": nn.functional.silu,
-            }[self.epilogue.activation](y)
-        return y + residual if residual is not None and after else y
+        e = self.epilogue
+        spec = NormSpec(0, 0.0, e.activation, e.negative_slope, e.residual_after_activation)
+        return finish(input, residual, spec, False)
 
     def extra_repr(self) -> str:
         return str(self.epilogue).removeprefix(", ")

@@ -1,22 +1,30 @@
-"""The reference's twin for an eager CPU: torch's own normalization kernels where they are exact.
+"""The reference's twin for an eager CPU: torch's own kernels where they are exact.
 
 They read the input fewer times than a composition of torch ops can, but lose digits far from 0,
 where x * scale + shift cancels, and near-constant sets. So each call looks at its statistics first,
 and one with a set out of reach goes to `gannorm.reference` whole.
 
-Without labels (`norm`) torch's differentiable operators serve, with the epilogue in place. An
-affine by label (`forward`, `backward`) is one scale and one shift for each plane, applied by batch
-norm's evaluation kernel. Tried and dropped: working through the batch in chunks that stay in the
+Moments come from group norm over small pieces of the planes, merged in float64: its vectorized
+sums are several times faster than batch norm's, and so many of them more exact. Without labels
+(`norm`) torch's own derivatives serve, with the epilogue in place. An affine by label (`forward`,
+`backward`) is one scale and one shift for each plane, applied by batch norm's evaluation kernel.
+Tried and dropped: working through the batch in chunks that stay in the
 cache (slower: more calls, and each wakes the other threads).
 """
+
+import math
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gannorm import reference
-from gannorm.reference import NormSpec, finish, table_rows
+from gannorm.reference import NormSpec, Running, finish, table_rows, update_running
 
+PIECE = 64  # elements at least, or group norm is the slower one
+PIECES = 16  # of a set at least, or group norm is the less exact one
 FAR = 8.0  # |mean| / std beyond which torch's arithmetic is left
 
 aten = torch.ops.aten
@@ -41,57 +49,111 @@ def _in_reach(mean: Tensor, rstd: Tensor, eps: float) -> bool:
 
 
 def norm(
-    x: Tensor,  # (N, C, S)
-    weight: Tensor | None,  # (1, C)
+    x: Tensor,  # (N, C, ...)
+    weight: Tensor | None,  # (C,)
     bias: Tensor | None,
-    residual: Tensor | None,  # (N, C, S)
+    residual: Tensor | None,  # as x
     given: tuple[Tensor, Tensor] | None,
+    running: Running | None,
     spec: NormSpec,
-    need_stats: bool,
-) -> tuple[Tensor, Tensor | None] | None:
-    """A norm without labels, differentiable as torch's own: y and its statistics, or None."""
+) -> Tensor | None:
+    """A norm without labels, differentiable as torch's own; None where that is not exact."""
     if not _usable(x):
         return None
-    n, c, s = x.shape
-    weight, bias = (None if t is None else t.view(c).to(x.dtype) for t in (weight, bias))
+    n, c = x.shape[:2]
+    weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
     if given is not None:
         mean, var = (t.to(x.dtype) for t in given)
         if not _in_reach(mean, (var + spec.eps).rsqrt(), spec.eps):
             return None
         y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, spec.eps)
-        return _finish(y, residual, spec), None
+        return finish(y, residual, spec, True)
     if 0 < spec.groups < c:
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, n, c, s, spec.groups, spec.eps)
-    else:
-        rows = x
-        if spec.groups:
-            rows = x.view(1, n * c, s)
-            weight, bias = (None if t is None else t.repeat(n) for t in (weight, bias))
-        y, mean, rstd = torch.native_batch_norm(rows, weight, bias, None, None, True, 0.0, spec.eps)
-        if spec.groups:  # no view: in place on one autograd copies
-            y = aten._unsafe_view(y, (n, c, s))
-            mean, rstd = mean.view(n, c), rstd.view(n, c)
+        size = x.numel() // (n * c)
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, n, c, size, spec.groups, spec.eps)
+        with torch.no_grad():
+            reached = _in_reach(mean, rstd, spec.eps)
+        return finish(y, residual, spec, True) if reached else None
+    rows = x
+    if spec.groups:
+        rows = x.view(1, n * c, -1)
+        weight, bias = (None if t is None else t.repeat(n) for t in (weight, bias))
     with torch.no_grad():
+        out, mean, var = _moments(rows)
+        rstd = (var + spec.eps).rsqrt_()
         if not _in_reach(mean, rstd, spec.eps):
             return None
-        stats = None
-        if need_stats:
-            var = rstd.double().pow(-2).sub_(spec.eps).clamp_(min=0).to(x.dtype)
-            stats = torch.stack((mean, torch.zeros_like(mean), rstd, var))
-    return _finish(y, residual, spec), stats
+    _move(running, mean, var, n if spec.groups else 1)
+    y = _BatchNorm.apply(rows, weight, bias, (out, mean, rstd), spec.eps)
+    if spec.groups:
+        y = aten._unsafe_view(y, x.shape)  # no view: in place on one autograd copies
+    return finish(y, residual, spec, True)
 
 
-def _finish(y: Tensor, residual: Tensor | None, spec: NormSpec) -> Tensor:
-    """The epilogue, in place where autograd allows."""
-    if residual is not None and not spec.residual_after_activation:
-        y = y.add_(residual)
-    if spec.activation == "relu":
-        y = y.relu_()
-    elif spec.activation == "leaky_relu":
-        y = F.leaky_relu(y, spec.negative_slope, inplace=spec.negative_slope >= 0)
-    elif spec.activation == "silu":
-        y = F.silu(y)
-    return y + residual if residual is not None and spec.residual_after_activation else y
+def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A tensor like x (N, C, ...) to write over; every channel's mean and biased variance (C,),
+    in float64."""
+    n, c = x.shape[:2]
+    piece = _piece(x.numel() // (n * c), n)
+    if piece is None:
+        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+        return torch.empty_like(x), mean.double(), var.double()
+    count = x.numel() // piece
+    pieces = x.view(1, count, piece)
+    out, means, rstds = torch.native_group_norm(pieces, None, None, 1, count, piece, count, 0.0)
+    means, variances = (t.view(n, c, -1).double() for t in (means, rstds))
+    variances = variances.pow_(-2)
+    mean = means.mean((0, 2))
+    variances += (means - mean.unsqueeze(1)).square_()
+    return aten._unsafe_view(out, x.shape), mean, variances.mean((0, 2))
+
+
+@lru_cache
+def _piece(size: int, planes: int) -> int | None:
+    """Into pieces of how many elements to cut planes of `size`, of which a set has `planes`."""
+    found = (d for d in range(PIECE, size + 1) if size % d == 0 and size // d * planes >= PIECES)
+    return max(found, default=None)
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Batch norm whose statistics are at hand, with torch's own derivatives."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None,
+        made: tuple[Tensor, Tensor, Tensor], eps: float,
+    ) -> Tensor:  # fmt: skip
+        out, mean, rstd = made
+        scale = (rstd if weight is None else rstd * weight).to(x.dtype)
+        shift = -mean * scale  # of the rounded scale: so x * scale cancels near the mean
+        _affine(x, scale, shift if bias is None else shift + bias, out)
+        ctx.save_for_backward(x, weight, mean.to(x.dtype), rstd.to(x.dtype))
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        grads = aten.native_batch_norm_backward(
+            dy, x, weight, None, None, mean, rstd, True, ctx.eps, list(ctx.needs_input_grad[:3])
+        )
+        return *grads, None, None
+
+
+@torch.no_grad()
+def _move(running: Running | None, mean: Tensor, var: Tensor, samples: int = 1) -> None:
+    """`reference.update_running` by statistics (samples * C,), in few steps if all are finite."""
+    if running is None:
+        return
+    mean, var = (t.view(samples, -1).mean(0) for t in (mean, var))
+    running_mean, running_var, momentum, bessel = running
+    if not math.isfinite(float((mean + var).sum())):
+        update_running(running, torch.stack((mean, mean, mean, var)))
+        return
+    if running_mean is not None:
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    if running_var is not None:
+        running_var.lerp_((var * bessel).to(running_var.dtype), momentum)
 
 
 def forward(
@@ -102,31 +164,33 @@ def forward(
     residual: Tensor | None,  # (N, C, S)
     given: tuple[Tensor, Tensor] | None,
     spec: NormSpec,
+    running: Running | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.forward`."""
+    """As `reference.forward`; moves the running statistics too."""
+
+    def plainly() -> tuple[Tensor, Tensor]:
+        y, stats = reference.forward(x, weight, bias, labels, residual, given, spec)
+        update_running(running, stats)
+        return y, stats
+
     if labels is None or not _usable(x):
-        return reference.forward(x, weight, bias, labels, residual, given, spec)
-    n, c, s = x.shape
+        return plainly()
     if given is not None:
-        mean, var = (t.to(x.dtype) for t in given)
+        mean, var = (t.double() for t in given)
         out = torch.empty_like(x)
     else:
-        # Every plane's moments; the normalized planes are overwritten.
-        rows = x.view(1, n * c, s)
-        out, mean, rstd = torch.native_group_norm(rows, None, None, 1, n * c, s, n * c, 0.0)
-        out = aten._unsafe_view(out, (n, c, s))  # no view: a caller may work in place on it
-        mean, var = mean.view(n, c).double(), rstd.view(n, c).double().pow(-2)
-        if spec.groups == 0:
-            centre = mean.mean(0)
-            var = (var + (mean - centre).square_()).mean(0)
-            mean = centre
-    rstd = (var.double() + spec.eps).rsqrt_()
-    mean, var = mean.to(x.dtype), var.to(x.dtype)
-    if not _in_reach(mean, rstd.to(x.dtype), spec.eps):
-        return reference.forward(x, weight, bias, labels, residual, given, spec)
+        n, c, size = x.shape
+        out, mean, var = _moments(x.view(1, n * c, size) if spec.groups else x)
+        shape = (n, c) if spec.groups else (c,)
+        out, mean, var = aten._unsafe_view(out, x.shape), mean.view(shape), var.view(shape)
+    rstd = (var + spec.eps).rsqrt_()
+    if not _in_reach(mean, rstd, spec.eps):
+        return plainly()
+    _move(running, mean, var)
     scale, shift = _coefficients(x, weight, bias, labels, mean, rstd, spec)
-    y = finish(_scaled(x, scale, shift, out), residual, spec)
-    return y, torch.stack((mean, torch.zeros_like(mean), rstd.to(x.dtype), var))
+    inplace = not torch.is_grad_enabled()
+    y = finish(_scaled(x, scale, shift, out), residual, spec, inplace)
+    return y, torch.stack((mean, torch.zeros_like(mean), rstd, var)).to(x.dtype)
 
 
 def backward(
@@ -140,8 +204,8 @@ def backward(
     spec: NormSpec,
     given: bool,
     need_dx: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """As `reference.backward`."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """As `reference.backward`; no g where nobody needs it."""
     mean, _, rstd, _ = stats
     usable = _usable(x) and dy.dtype == x.dtype
     if labels is None or not usable or not _in_reach(mean, rstd, spec.eps):
@@ -173,10 +237,12 @@ def backward(
             a, b = (t.mean(0, keepdim=True).expand(n, c) for t in (a, b))
         slope = -b * rstd.double().square()
         start = -a * rstd.double() - slope * mean.double()
-        dx = _scaled(x, slope, start, torch.empty_like(x))
-        dx.addcmul_(g, scale.unsqueeze(-1))
+        # Over g where it is ours and not the residual's gradient: new memory costs as much again.
+        ours = spec.activation is not None and residual is None
+        dx = _scaled(g, scale, start, g if ours else torch.empty_like(x))
+        dx.addcmul_(x, slope.to(x.dtype).expand(n, c).unsqueeze(-1))
     dweight = reference.table_grad(gx_sum, weight, labels)
-    return dx, dweight, reference.table_grad(g_sum, bias, labels), g
+    return dx, dweight, reference.table_grad(g_sum, bias, labels), None if dx is g else g
 
 
 def _planes(stat: Tensor, n: int, c: int, groups: int) -> Tensor:
@@ -187,14 +253,18 @@ def _planes(stat: Tensor, n: int, c: int, groups: int) -> Tensor:
 def _scaled(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
     """x * scale + shift into `out`: one number for each plane (N, C)."""
     n, c, s = x.shape
-    scale, shift = (t.to(x.dtype).reshape(n * c) for t in (scale, shift))
-    zeros, ones = x.new_zeros(n * c), x.new_ones(n * c)
-    rest = x.new_empty(0), x.new_empty(0)
-    rows = (t.view(1, n * c, s) for t in (x, out))
-    torch.native_batch_norm(
-        next(rows), scale, shift, zeros, ones, False, 0.0, 0.0, out=(next(rows), *rest)
-    )
+    rows, written = (t.view(1, n * c, s) for t in (x, out))
+    _affine(rows, scale.reshape(n * c), shift.reshape(n * c), written)
     return out
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+    """x (N, C, ...) * scale + shift (C,) into `out`, which may be x."""
+    zeros, ones = x.new_zeros(len(scale)), x.new_ones(len(scale))
+    rest = x.new_empty(0), x.new_empty(0)
+    torch.native_batch_norm(
+        x, scale.to(x.dtype), shift.to(x.dtype), zeros, ones, False, 0.0, 0.0, out=(out, *rest)
+    )
 
 
 def _coefficients(

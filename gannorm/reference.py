@@ -31,6 +31,10 @@ class NormSpec(NamedTuple):
     residual_after_activation: bool = False
 
 
+# Running mean and variance (C,), the share by which they move, biased variance to running one.
+Running = tuple[Tensor | None, Tensor | None, float, float]
+
+
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which statistics and the affine are computed for an input of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -79,10 +83,9 @@ def statistics(x: Tensor, spec: NormSpec) -> tuple[Tensor, Tensor]:
         centred = x - _per_channel(mean, n, c, groups)
     else:
         torch.sub(x, _per_channel(mean, n, c, groups), out=centred)
-    dims = (0, 2) if groups == 0 else (2,)
-    power = centred.detach().abs().amax(dims)
-    if groups:
-        power = power.view(n, groups, -1).amax(2)
+    ends = centred.detach()
+    power = torch.maximum(ends.amax(2), -ends.amin(2))  # (N, C), without a copy of their size
+    power = power.view(n, groups, -1).amax(2) if groups else power.amax(0)
     unit = torch.where(power > 2.0**60, 2.0**-80, 1.0) if x.dtype == torch.float32 else None
     if unit is None:
         var = _set_mean(centred.square().mean(2), groups) - error.square()
@@ -93,17 +96,6 @@ def statistics(x: Tensor, spec: NormSpec) -> tuple[Tensor, Tensor]:
         rstd = ((scaled.double() + spec.eps * unit.double().square()).rsqrt() * unit).to(x.dtype)
         var = scaled / unit / unit
     return torch.stack((mean, error, rstd, var)), centred
-
-
-def _activate(y: Tensor, spec: NormSpec) -> Tensor:
-    inplace = not torch.is_grad_enabled()
-    if spec.activation == "relu":
-        return F.relu(y, inplace)
-    if spec.activation == "leaky_relu":
-        return F.leaky_relu(y, spec.negative_slope, inplace)
-    if spec.activation == "silu":
-        return F.silu(y, inplace)
-    return y
 
 
 def forward(
@@ -140,17 +132,23 @@ def forward(
         torch.addcmul(shift, y, scale, out=y)
     else:
         y = torch.addcmul(shift, y, scale)
-    return finish(y, residual, spec).to(x.dtype), stats
+    return finish(y, residual, spec, inplace).to(x.dtype), stats
 
 
-def finish(y: Tensor, residual: Tensor | None, spec: NormSpec) -> Tensor:
-    """The epilogue behind the affine; in place where gradients are not recorded."""
-    inplace = not torch.is_grad_enabled()
-    if residual is not None and not spec.residual_after_activation:
+def finish(y: Tensor, residual: Tensor | None, spec: NormSpec, inplace: bool) -> Tensor:
+    """The epilogue behind the affine; `inplace` may write over y, as far as autograd allows."""
+    after = spec.residual_after_activation
+    free = inplace and not torch.is_grad_enabled()  # nobody will ask for what is written over
+    if residual is not None and not after:
         y = y.add_(residual) if inplace else y + residual.to(y.dtype)
-    y = _activate(y, spec)
-    if residual is not None and spec.residual_after_activation:
-        y = y.add_(residual) if inplace else y + residual.to(y.dtype)
+    if spec.activation == "relu":
+        y = F.relu(y, inplace)
+    elif spec.activation == "leaky_relu":
+        y = F.leaky_relu(y, spec.negative_slope, inplace and (free or spec.negative_slope >= 0))
+    elif spec.activation == "silu":
+        y = F.silu(y, free)
+    if residual is not None and after:
+        y = y.add_(residual) if free else y + residual.to(y.dtype)
     return y
 
 
@@ -214,9 +212,7 @@ def backward(
 
 
 @torch.no_grad()
-def update_running(
-    running: tuple[Tensor | None, Tensor | None, float, float] | None, stats: Tensor
-) -> None:
+def update_running(running: Running | None, stats: Tensor) -> None:
     """Move the running statistics (C,) towards the batch's; non-finite ones never enter."""
     if running is None:
         return

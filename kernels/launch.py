@@ -6,6 +6,7 @@ channels_last where x is, else contiguous. `spec` is any object with groups, eps
 negative_slope and residual_after_activation (`gannorm.reference.NormSpec`).
 """
 
+from contextlib import nullcontext
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -49,6 +50,7 @@ class Plan(NamedTuple):
     chunks: int = 1  # programs for each of them
     loops: int = 1  # tiles in a chunk
     parts: int = 1  # chunks of a plane
+    cut: bool = False  # a tile is less than a plane
 
 
 @lru_cache(maxsize=4096)
@@ -91,13 +93,13 @@ def plan(
     blocks = triton.cdiv(sets, group) * (1 if batch else samples)
     if held:
         return Plan(True, block_p, group, block_s, even, warps, blocks)
-    split_s = block_s < size
-    tiles = triton.cdiv(size, block_s) if split_s else triton.cdiv(planes, block_p)
-    rows = triton.cdiv(planes, block_p) if split_s else 1
+    cut = block_s < size
+    tiles = triton.cdiv(size, block_s) if cut else triton.cdiv(planes, block_p)
+    rows = triton.cdiv(planes, block_p) if cut else 1
     loops = max(1, min(tiles, tiles * rows * blocks // (WAVES * processors)))
-    parts = triton.cdiv(tiles, loops) if split_s else 1
-    chunks = rows * parts if split_s else triton.cdiv(tiles, loops)
-    return Plan(False, block_p, group, block_s, even, warps, blocks, chunks, loops, parts)
+    parts = triton.cdiv(tiles, loops) if cut else 1
+    chunks = rows * parts if cut else triton.cdiv(tiles, loops)
+    return Plan(False, block_p, group, block_s, even, warps, blocks, chunks, loops, parts, cut)
 
 
 def dense_strides(x: Tensor) -> tuple[int, int, int]:
@@ -138,18 +140,16 @@ def _launch(
     Triton's own dispatch examines every argument of every call. Here a call like an earlier one
     (same integers and constants, same dtypes, same alignment) finds its compiled kernel at once.
     """
-    kinds = tuple([None if p is None else (p.dtype, p.data_ptr() & 15) for p in pointers])
+    kinds = tuple([None if p is None else (p.dtype, p.data_ptr() % 16 == 0) for p in pointers])
     device = pointers[0].device.index  # type: ignore[union-attr]
     key = (kernel, grid, warps, numbers, constants, kinds, device)
     runner = _runners.get(key)
     arguments = (*pointers, *floats, *numbers, *constants)
-    if device is not None and device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            compiled = kernel[grid](*arguments, **_options(warps))
-    elif runner is not None:
-        runner(*arguments)
-        return
-    else:
+    elsewhere = device is not None and device != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        if runner is not None:
+            runner(*arguments)
+            return
         compiled = kernel[grid](*arguments, **_options(warps))
     if hasattr(compiled, "run"):  # not in the interpreter
         _runners[key] = compiled[grid]
@@ -239,7 +239,8 @@ def forward(
     stats = torch.empty((4, *call.shape), dtype=call.statistics, device=x.device)
     if residual is not None:
         residual = _dense(residual, call.strides)
-    mean, var, *factors = running or (None, None, 0.0, 1.0)
+    mean, var, *shares = running or (None, None, 0.0, 1.0)
+    factors = tuple(map(float, shares))  # an integer would be compiled in, as a constant
     blocks = (p.block_p, p.block_g, p.block_s, p.even)
     domain = _domain(x, spec)
     epilogue = (domain, spec.activation, spec.negative_slope, spec.eps, call.dtype,
@@ -248,31 +249,31 @@ def forward(
     if p.held:
         _launch(
             held_forward_kernel, (p.blocks, 1, 1), p.warps, (*inputs, stats, mean, var),
-            (*call.layout, *call.sizes, *call.domain), (*epilogue, *blocks), tuple(factors),
+            (*call.layout, *call.sizes, *call.domain), (*epilogue, *blocks), factors,
         )  # fmt: skip
         return y, stats
-    grid, partial, split = (p.blocks, p.chunks, 1), None, p.block_s < x.shape[2]
+    grid, partial = (p.blocks, p.chunks, 1), None
     if given is None:
         total = call.domain[3]
         partial = torch.empty((2, p.chunks, total), dtype=torch.float64, device=x.device)
         _launch(
             split_moments_kernel, grid, p.warps, (x, partial),
             (*call.layout[:3], *call.domain, p.chunks, p.loops),
-            (domain, call.dtype, *blocks, split),
+            (domain, call.dtype, *blocks, p.cut),
         )  # fmt: skip
         if p.chunks * p.block_g > MERGED * p.loops:
             _launch(
                 split_merge_kernel, _merging(call), 4, (x, partial, stats, mean, var),
                 (*call.layout[:2], *call.domain, p.chunks, p.loops),
-                (domain, spec.eps, call.dtype, p.block_p, MERGED_SETS, p.block_s, split),
-                tuple(factors),
+                (domain, spec.eps, call.dtype, p.block_p, MERGED_SETS, p.block_s, p.cut),
+                factors,
             )  # fmt: skip
             partial = mean = var = None
     _launch(
         split_apply_kernel, grid, p.warps,
         (*inputs, partial, *(given or (None, None)), stats, mean, var),
         (*call.layout, *call.sizes, *call.domain, p.chunks, p.loops),
-        (*epilogue, *blocks, split), tuple(factors),
+        (*epilogue, *blocks, p.cut), factors,
     )  # fmt: skip
     return y, stats
 
@@ -321,7 +322,7 @@ def backward(
         )  # fmt: skip
     else:
         grid = (p.blocks, p.chunks, 1)
-        split = (*numbers, p.parts, p.loops), (*constants, *blocks, p.block_s < x.shape[2])
+        split = (*numbers, p.parts, p.loops), (*constants, *blocks, p.cut)
         if sums is not None:
             _launch(split_sums_kernel, grid, p.warps, (*inputs, sums), *split)
         if need_dx or g is not None:

@@ -142,3 +142,18 @@ def test_plans(case, itemsize, last):
     if not p.held:
         few = p.blocks * p.chunks <= 2.5 * launch.WAVES * 132
         assert few or p.loops in (1, -(-size // p.block_s))  # a chunk stays in its plane
+
+
+def test_momentum_is_never_a_compiled_constant(kind, monkeypatch):
+    """Triton makes an integer 1 a constant, and the remembered kernel serves every momentum."""
+    floats = []
+    launched = launch._launch
+
+    def watched(*arguments):
+        floats.extend(arguments[6:])
+        launched(*arguments)
+
+    monkeypatch.setattr(launch, "_launch", watched)
+    G.batch_norm(torch.randn(4, 3, 5, 5), torch.zeros(3), torch.ones(3), training=True, momentum=1)
+    assert floats
+    assert all(type(value) is float for pair in floats for value in pair)
