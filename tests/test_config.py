@@ -101,7 +101,7 @@ def test_a_model_chooses_its_companions():
         "cyclegan", "digits_m", "instance", "lsgan",
     )  # fmt: skip
     assert (resblock.data.name, resblock.norm.name, resblock.loss.gan) == (
-        "digits", "conditional_batch", "hinge",
+        "digits", "conditional_batch", "relativistic",
     )  # fmt: skip
     for name, cfg in (("cyclegan", default), ("resblock_gan", resblock)):
         for group in ("optim", "trainer"):
