@@ -9,7 +9,9 @@ Runs that are missing are named, those that are there make the report.
 
 import argparse
 import json
+import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -48,6 +50,10 @@ class Figure:
         digits = 3 if self.key.startswith("cycle") else 2
         return f"{value:.{digits if value < 100 else 0}f}"
 
+    def difference(self, first: float, second: float) -> str:
+        sign, shown = "-" if first < second else "+", self.shown(abs(first - second))
+        return sign + (f"{shown[:-1]} points" if shown.endswith("%") else shown)
+
 
 FIGURES = {
     "cyclegan": (
@@ -63,7 +69,7 @@ FIGURES = {
         Figure("accuracy", "accuracy", True),
         Figure("fid", "FID"),
         Figure("coverage", "coverage", True),
-        Figure("fid", "FID, not averaged", group="quality_raw"),
+        Figure("fid", "FID of the trained weights", group="quality_raw"),
     ),
 }
 
@@ -149,19 +155,27 @@ def _run(member: Member, seed: int, folder: Path) -> Run:
     config = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"))
     assert isinstance(config, dict)
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open(encoding="utf-8")]
+    lines = _lines(folder)
     evaluations = [line for line in lines if any(key.startswith("quality/") for key in line)]
     return Run(member, seed, folder, summary, {str(k): v for k, v in config.items()}, evaluations)
 
 
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl, but for a last line that a crash cut short."""
+    found = []
+    for line in (folder / "metrics.jsonl").open(encoding="utf-8"):
+        with suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
 def _why_absent(folder: Path) -> str:
-    path = folder / "metrics.jsonl"
-    if not path.exists():
+    lines = _lines(folder) if (folder / "metrics.jsonl").exists() else []
+    if not lines:
         return "not started"
-    *_, last = [json.loads(line) for line in path.open(encoding="utf-8")]
-    if last.get("health/not_finite"):
-        return f"became NaN before step {last['step']}"
-    return f"unfinished, at step {last['step']}"
+    if lines[-1].get("health/not_finite"):
+        return f"became NaN before step {lines[-1]['step']}"
+    return f"unfinished, at step {lines[-1]['step']}"
 
 
 def _check_comparable(runs: list[Run]) -> None:
@@ -226,7 +240,7 @@ def row(cells: Sequence[str]) -> str:
 
 
 def table(model: str, runs: Runs) -> str:
-    """A line for each member, and for the real images; the best mean of a column in bold."""
+    """A line for each member, and for the real images; the best mean of a batch size in bold."""
     figures = FIGURES[model]
     shown = [name for name in members() if name in runs and runs[name][0].member.model == model]
     spreads = [{name: spread(runs[name], figure) for name in shown} for figure in figures]
@@ -236,7 +250,10 @@ def table(model: str, runs: Runs) -> str:
         found = runs[name]
         cells = [label(found[0].member), str(found[0].batch_size), str(len(found))]
         for figure, column in zip(figures, spreads, strict=True):
-            means = [s.mean for s in column.values() if s is not None]
+            means = [
+                s.mean for other, s in column.items()
+                if s is not None and runs[other][0].batch_size == found[0].batch_size
+            ]  # fmt: skip
             one = column[name]
             if one is None:
                 cells.append("")
@@ -277,13 +294,11 @@ def answer(question: Question, runs: Runs) -> str:
             a, b = spread(one, figure, evaluation), spread(two, figure, evaluation)
             if a is None or b is None:
                 continue
-            difference = a.mean - b.mean
-            side = "better" if (difference > 0) == figure.higher else "worse"
+            side = "better" if (a.mean > b.mean) == figure.higher else "worse"
             sides["neither" if a.overlaps(b) else side].append(figure.title)
-            sign = "-" if difference < 0 else "+"
             rows.append(row([
                 figure.title, *(f"{figure.shown(s.mean)} ± {figure.shown(s.half)}" for s in (a, b)),
-                f"{sign}{figure.shown(abs(difference))}", "yes" if a.overlaps(b) else "no",
+                figure.difference(a.mean, b.mean), "yes" if a.overlaps(b) else "no",
             ]))  # fmt: skip
         head = row([when.lower(), *names, "difference", "ranges overlap"])
         lines += [f"{when}: {verdict(question, sides, names)}"]
@@ -328,19 +343,27 @@ def protocol(runs: Runs) -> str:
     return "\n".join([*lines, f"- {'; '.join(devices)} a run, torch {version}."])
 
 
+def fill(text: str) -> str:
+    return textwrap.fill(text, 120)
+
+
 def report(runs: Runs, absent: list[str], pictures: dict[str, list[Path]], out: Path) -> str:
     total = len(members()) * len(SEEDS)
     done = sum(len(found) for found in runs.values())
     parts = [
         "# Norm study",
-        "Every norm in both tasks, on the embedded data, with the models' own configurations; "
-        "only the norm, the batch size and the length differ. Made from the run folders by",
+        fill(
+            "Every norm in both tasks, on the embedded data, with the models' own configurations; "
+            "only the norm, the batch size and the length differ. Made by"
+        ),
         f"```bash\n{COMMANDS}\n```",
-        f"Runs: {done} of {total}. All runs of a task and batch size see the same number of "
-        "images, chosen so that every run takes about the same time; short runs, so these are the "
-        "norms' first minute, not their last word. Figures are of the averaged generators on the "
-        "features of the embedded classifier (README), at the last evaluation: mean over the seeds "
-        "± half the distance between the lowest and the highest.",
+        fill(
+            f"Runs: {done} of {total}. All runs of a task and batch size see the same number of "
+            "images, chosen so that every run takes about the same time. They are short: the "
+            "norms' first minute, not their last word. Figures are of the averaged generators on "
+            "the features of the embedded classifier (README), at the last evaluation: mean over "
+            "the seeds ± half the distance between the lowest and the highest."
+        ),
         protocol(runs) + f"\n- Reported on: {device_name('cpu').rpartition(',')[0]}.",
         "## Answers",
         "A difference counts where the ranges of the seeds do not overlap.",
@@ -352,10 +375,9 @@ def report(runs: Runs, absent: list[str], pictures: dict[str, list[Path]], out: 
             parts += ["No finished runs."]
             continue
         parts += [table(model, runs)]
-        parts += [
-            f"![{title}: {path.stem.replace('_', ' ')}]({path.relative_to(out.parent).as_posix()})"
-            for path in pictures[model]
-        ]
+        for path in pictures[model]:
+            what = path.stem.removeprefix(f"{model}_")
+            parts += [f"![{title}: {what}]({path.relative_to(out.parent).as_posix()})"]
     if absent:
         parts += ["## Absent runs", "\n".join(f"- {line}" for line in absent)]
     return "\n\n".join(parts) + "\n"

@@ -1,5 +1,6 @@
 """The norm study's pictures: curves over training time, samples of all norms side by side."""
 
+import math
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,15 +70,14 @@ def curves(runs: Runs, figures: Iterable[Figure], path: Path) -> Path:
                 axis.axhline(real, color="black", linewidth=0.8, linestyle=(0, (1, 3)))
             axis.set_title(f"{figure.title}, batch size {size}", fontsize=10)
             axis.grid(alpha=0.25)
-            if not figure.higher:
-                axis.set_yscale("log")
+            axis.set(**({"ylim": (0, 1.03)} if figure.higher else {"yscale": "log"}))
     for axis in axes[-1]:
         axis.set_xlabel("seconds of training")
     known = {text: line for axis in axes.flat
              for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}  # fmt: skip
-    picture.tight_layout(rect=(0, 0.5 / height, 1, 1))
-    picture.legend(known.values(), known, loc="lower center", ncols=min(len(known), 5),
-                   fontsize=9, frameon=False)  # fmt: skip
+    below = 0.1 + 0.22 * math.ceil(len(known) / 5)  # inches
+    picture.tight_layout(rect=(0, below / height, 1, 1))
+    picture.legend(known.values(), known, loc="lower center", ncols=5, fontsize=9, frameon=False)
     picture.savefig(path, dpi=85)
     pyplot.close(picture)
     return _small(Image.open(path).convert("RGB"), path)
@@ -118,8 +118,8 @@ class Sheet:
         x, y = (PADDING + k * (self.tile + PADDING) for k in (column, row))
         x += grid * (self.grid + GAP)
         tile = self.image.crop((x, y, x + self.tile, y + self.tile)).convert("RGB")
-        shown = self.size * max(1, TILE // self.size)
         small = tile.resize((self.size, self.size), Image.Resampling.NEAREST)
+        shown = self.size * max(1, TILE // self.size)
         return small.resize((shown, shown), Image.Resampling.NEAREST)
 
 
@@ -133,7 +133,8 @@ def classes(runs: Runs, folder: Path) -> list[Path]:
         sheet = Sheet(found[0], 10)
         blocks = [[sheet(row, noise) for row in range(sheet.rows)] for noise in range(2)]
         strips.append((label(found[0].member), blocks))
-    return [_strips(strips, ["one noise, every class", "another"], folder / "resblock_gan.png")]
+    titles = ["one noise in every class", "another"]
+    return [_strips(strips, titles, folder / "resblock_gan_samples.png", 24)]  # mostly grey
 
 
 def translations(runs: Runs, folder: Path) -> list[Path]:
@@ -161,7 +162,7 @@ def translations(runs: Runs, folder: Path) -> list[Path]:
     return paths
 
 
-def _strips(strips: list[Strip], titles: list[str], path: Path) -> Path:
+def _strips(strips: list[Strip], titles: list[str], path: Path, colours: int = 128) -> Path:
     """Labelled rows of tiles under the blocks' titles."""
     import matplotlib
 
@@ -182,10 +183,10 @@ def _strips(strips: list[Strip], titles: list[str], path: Path) -> Path:
                 page.paste(tile, (x, y))
                 x += side + 2
             x += 14
-    return _small(page, path)
+    return _small(page, path, colours)
 
 
-def _small(image: Image.Image, path: Path) -> Path:
-    """A PNG of 128 colours."""
-    image.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+def _small(image: Image.Image, path: Path, colours: int = 128) -> Path:
+    """A PNG of few colours, for the repository's sake."""
+    image.quantize(colours, dither=Image.Dither.NONE).save(path, optimize=True)
     return path

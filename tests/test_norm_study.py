@@ -88,7 +88,7 @@ def test_the_report_of_a_real_multirun(trained: Path, tmp_path: Path, capsys):
     pictures = {path.name for path in (tmp_path / "study").iterdir()}
     assert pictures == {
         "cyclegan_curves.png", "cyclegan_AtoB.png", "cyclegan_BtoA.png",
-        "resblock_gan_curves.png", "resblock_gan.png",
+        "resblock_gan_curves.png", "resblock_gan_samples.png",
     }  # fmt: skip
     for name in pictures:
         assert f"(study/{name})" in text
@@ -101,7 +101,7 @@ def test_the_report_of_all_runs(whole: Path, tmp_path: Path):
     main([str(whole), "--out", str(out)])
     text = out.read_text()
     assert "Runs: 57 of 57." in text and "Absent" not in text
-    assert "| 91.0% ± 1.0% | 51.0% ± 1.0% | +40.0% | no |" in text
+    assert "| 91.0% ± 1.0% | 51.0% ± 1.0% | +40.0 points | no |" in text
     assert "**91.0% ± 1.0%**" in text
     for path in (tmp_path / "study").iterdir():
         assert path.stat().st_size < 150_000
@@ -126,7 +126,7 @@ def test_a_verdict_follows_the_figures(whole: Path):
         rewrite(whole / first / f"seed_{seed}", "accuracy", 0.1)
     found = answer(QUESTIONS[0], read(whole)[0])
     assert "**No, the reverse**: batch is ahead of instance in accuracy B to A" in found
-    assert "| 10.0% ± 0.0% | 51.0% ± 1.0% | -41.0% | no |" in found
+    assert "| 10.0% ± 0.0% | 51.0% ± 1.0% | -41.0 points | no |" in found
 
 
 def test_absent_runs_say_why(whole: Path):
@@ -135,6 +135,8 @@ def test_absent_runs_say_why(whole: Path):
         (folder / "summary.json").unlink()
     with (stopped / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 300, "health/not_finite": 1.0}) + "\n")
+    with (unfinished / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "quality/f')
     assert read(whole)[1] == [
         "`cyclegan-none-1`, seed 0: became NaN before step 300",
         "`cyclegan-none-1`, seed 1: unfinished, at step 4",
