@@ -17,11 +17,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gannorm.config import explain_composition
 from gannorm.errors import RequestError, answering_requests
+from gannorm.study import register
 from gannorm.trainer import run_folder, train
 
 CONF = Path(__file__).parent / "conf"
 
 OmegaConf.register_new_resolver("run_folder", run_folder)
+register()
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")

@@ -1,14 +1,15 @@
 """What the norms and a training step cost, beside torch's own.
 
-    python -m benchmarks.norms    time and share of the copy bandwidth of every op
-    python -m benchmarks.moves    bytes that the kernels move, counted without a GPU
-    python -m benchmarks.host     what one call costs the host
-    python -m benchmarks.step     a training step, part by part
+    python -m benchmarks.norms        time and share of the copy bandwidth of every op
+    python -m benchmarks.moves        bytes that the kernels move, counted without a GPU
+    python -m benchmarks.host         what one call costs the host
+    python -m benchmarks.step         a training step, part by part
+    python -m benchmarks.norm_study   how well each norm trains: the runs of `study=` as a report
 
 On a GPU machine, tests on the real kernels first:
 
     pip install -e ".[dev,peers]"
     env -u TRITON_INTERPRET pytest && python -m benchmarks.norms && python -m benchmarks.step
 
-Each command writes JSON below `benchmarks/results/`, or where --out says.
+Each command but the last writes JSON below `benchmarks/results/`, or where --out says.
 """

@@ -81,6 +81,7 @@ class NoNormConfig(NormConfig):
 class LayerNormConfig(NormConfig):
     eps: float = MISSING
     affine: bool = MISSING
+    weight_init: list[float] | None = MISSING  # mean and standard deviation; null: the model's
 
 
 @dataclass
@@ -97,6 +98,7 @@ class GroupNormConfig(LayerNormConfig):
 class BatchNormConfig(LayerNormConfig):
     momentum: float = MISSING
     var_estimator: VarEstimator = MISSING
+    running_var_init: float = MISSING  # what evaluation divides by before the first batch
 
 
 @dataclass
@@ -321,6 +323,15 @@ def _check_ranges(cfg: Config) -> None:
             f"model.d_downsamplings={model.d_downsamplings} must not exceed the number of blocks "
             f"in model.d_widths={model.d_widths}"
         )
+    start = getattr(cfg.norm, "weight_init", None)
+    if start is not None:
+        shown = f"norm.weight_init={start}"
+        if len(start) != 2 or not all(map(math.isfinite, start)) or start[1] < 0:
+            raise RequestError(
+                f"{shown} must be a mean and a standard deviation, the latter not negative"
+            )
+        if not cfg.norm.affine:
+            raise RequestError(f"{shown} needs a weight; set norm.affine=true")
     loss = cfg.loss
     if loss.gan.name == "wgan" and not max(loss.r1, loss.r2, loss.gradient_penalty) > 0:
         raise RequestError(

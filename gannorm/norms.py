@@ -331,7 +331,7 @@ class NormFactory:
         residual_after_activation: bool = False,
     ) -> nn.Module:
         cfg = self.config
-        epilogue: dict[str, Any] = {
+        shared: dict[str, Any] = {
             "activation": activation,
             "negative_slope": negative_slope,
             "residual_after_activation": residual_after_activation,
@@ -339,19 +339,27 @@ class NormFactory:
         if isinstance(cfg, NoNormConfig):
             return NoNorm(activation, negative_slope, residual_after_activation)
         assert isinstance(cfg, LayerNormConfig)  # the base of all the others
-        epilogue["eps"] = cfg.eps
+        shared["eps"] = cfg.eps
+        if cfg.weight_init is not None:
+            mean, std = cfg.weight_init
+            shared["weight_init"] = (mean, std)
         if isinstance(cfg, BatchNormConfig):
-            batch = {"momentum": cfg.momentum, "var_estimator": cfg.var_estimator.name, **epilogue}
-            if self.conditional:
-                return ConditionalBatchNorm2d(channels, self.num_classes or 0, **batch)
-            return BatchNorm2d(channels, affine=cfg.affine, **batch)
+            batch = {"momentum": cfg.momentum, "var_estimator": cfg.var_estimator.name, **shared}
+            layer: BatchNorm2d | ConditionalBatchNorm2d = (
+                ConditionalBatchNorm2d(channels, self.num_classes or 0, **batch)
+                if self.conditional
+                else BatchNorm2d(channels, affine=cfg.affine, **batch)
+            )
+            assert layer.running_var is not None
+            layer.running_var.fill_(cfg.running_var_init)
+            return layer
         if isinstance(cfg, InstanceNormConfig):
             if self.conditional:
-                return ConditionalInstanceNorm2d(channels, self.num_classes or 0, **epilogue)
-            return InstanceNorm2d(channels, affine=cfg.affine, **epilogue)
+                return ConditionalInstanceNorm2d(channels, self.num_classes or 0, **shared)
+            return InstanceNorm2d(channels, affine=cfg.affine, **shared)
         if isinstance(cfg, GroupNormConfig):
-            return GroupNorm(min(cfg.num_groups, channels), channels, affine=cfg.affine, **epilogue)
-        return LayerNorm2d(channels, affine=cfg.affine, **epilogue)
+            return GroupNorm(min(cfg.num_groups, channels), channels, affine=cfg.affine, **shared)
+        return LayerNorm2d(channels, affine=cfg.affine, **shared)
 
 
 def build_norm(cfg: NormConfig, num_classes: int | None = None) -> NormFactory:

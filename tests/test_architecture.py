@@ -24,7 +24,7 @@ FLOORS = (
     ("gannorm.data",),
     ("gannorm.metrics", "gannorm.monitor", "gannorm.checkpoint", "gannorm.diagnostics"),
     ("gannorm.tasks",),
-    ("gannorm.trainer", "gannorm.inference", "gannorm.inspection"),
+    ("gannorm.trainer", "gannorm.inference", "gannorm.inspection", "gannorm.study"),
     ("gannorm.__main__", "train"),
 )
 LEVEL = {module: level for level, modules in enumerate(FLOORS) for module in modules}

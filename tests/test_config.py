@@ -214,6 +214,10 @@ def test_a_value_out_of_range_is_named(change: str):
     [
         ("norm=group", "norm.num_groups=0"),
         ("norm=batch", "norm.momentum=1.5"),
+        ("norm=batch", "norm.running_var_init=-1.0"),
+        ("norm=batch", "norm.weight_init=[0.0]"),
+        ("norm=group", "norm.weight_init=[1.0,-0.5]"),
+        ("norm=layer", "norm.weight_init=[.nan,0.0]"),
         ("data=image_folder", "data.load_size=0"),
         ("model=resblock_gan", "model.z_dim=0"),
         ("model=resblock_gan", "model.g_widths=[]"),
@@ -225,6 +229,17 @@ def test_a_value_out_of_range_is_named(change: str):
 )
 def test_a_choices_own_value_out_of_range_is_named(choice: str, change: str):
     assert refused(change, choices=(choice,)).startswith(change.partition("=")[0] + "=")
+
+
+def test_start_values_that_a_norm_has_no_use_for_are_refused():
+    message = refused("norm.weight_init=[0.0,0.0]")  # instance norm without an affine
+    assert message.startswith("norm.weight_init=[0.0, 0.0] needs") and "norm.affine=true" in message
+    build(composed("norm.weight_init=[0,0]", "norm.affine=true"))
+    without = {"weight_init": ["none"], "running_var_init": ["none", "instance", "group", "layer"]}
+    for key, norms in without.items():
+        for norm in norms:
+            message = refused(f"norm.{key}=0", choices=(f"norm={norm}",))
+            assert message.startswith(f"norm.{key} is not a configuration key")
 
 
 def test_losses_that_cannot_work_say_why():

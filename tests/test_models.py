@@ -12,14 +12,15 @@ from gannorm.models import (
 )
 from gannorm.norms import NormFactory, build_norm
 
-INSTANCE = build_norm(InstanceNormConfig("instance", eps=1e-5, affine=False))
+INSTANCE = build_norm(InstanceNormConfig("instance", eps=1e-5, affine=False, weight_init=None))
 
 
-def batch(conditional: bool = False) -> NormFactory:
+def batch(conditional: bool = False, weight_init: list[float] | None = None) -> NormFactory:
     from gannorm.config import VarEstimator
 
     name = "conditional_batch" if conditional else "batch"
-    config = BatchNormConfig(name, None, 1e-5, True, 0.1, VarEstimator["unbiased"])
+    unbiased = VarEstimator["unbiased"]
+    config = BatchNormConfig(name, None, 1e-5, True, weight_init, 0.1, unbiased, 1.0)
     return build_norm(config, 10)
 
 
@@ -48,6 +49,19 @@ def test_discriminator_keys_and_logits():
     net = PatchDiscriminator(3, INSTANCE)
     assert {k.split(".")[1] for k in net.state_dict()} == {"0", "2", "5", "8", "11"}
     assert net(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)
+
+
+def test_a_cyclegans_norm_weights_are_the_references_unless_given():
+    layer = ResnetGenerator(3, 3, batch(), width=64, blocks=0).model[2]
+    assert 0.01 < layer.weight.std() < 0.03 and abs(layer.weight.mean() - 1) < 0.02
+    for net in (
+        ResnetGenerator(3, 3, batch(weight_init=[0.0, 0.0]), width=4, blocks=1),
+        PatchDiscriminator(3, batch(weight_init=[0.0, 0.0]), width=4),
+    ):
+        norms = [n for n in net.modules() if isinstance(n, torch.nn.BatchNorm2d)]
+        convolutions = [n for n in net.modules() if isinstance(n, torch.nn.Conv2d)]
+        assert norms and not any(n.weight.any() for n in norms)
+        assert all(n.weight.any() for n in convolutions)
 
 
 def test_convolutions_have_a_bias_exactly_without_an_affine_behind_them():

@@ -150,8 +150,9 @@ def test_groups_that_do_not_divide_are_refused(groups):
         gannorm.GroupNorm(2.0, 6)
 
 
-EPS = {"eps": 1e-3, "affine": True}
-BATCH = {**EPS, "momentum": 0.3, "var_estimator": VarEstimator["biased"]}
+EPS = {"eps": 1e-3, "affine": True, "weight_init": None}
+RUNNING = {"momentum": 0.3, "var_estimator": VarEstimator["biased"], "running_var_init": 1.0}
+BATCH = {**EPS, **RUNNING}
 
 
 @pytest.mark.parametrize(
@@ -180,6 +181,21 @@ def test_build_norm(config, kind):
     plain = factory.unconditional()(8)
     assert not isinstance(plain, ConditionalBatchNorm2d | ConditionalInstanceNorm2d)
     assert apply_norm(plain, x, None).shape == x.shape
+
+
+@pytest.mark.parametrize("name", ["batch", "conditional_batch", "group"])
+def test_start_values_of_a_config(name):
+    """Of every layer a factory makes, a conditional norm's unconditional ones too."""
+    start = {**EPS, "weight_init": [0.5, 0.0]}
+    config = (
+        GroupNormConfig(name, num_groups=4, **start)
+        if name == "group"
+        else BatchNormConfig(name, **{**BATCH, **start, "running_var_init": 0.25})
+    )
+    factory = build_norm(config, 3)
+    for layer in (factory(8), factory.unconditional()(8)):
+        assert (layer.weight == 0.5).all() and (layer.bias == 0).all()
+        assert (getattr(layer, "running_var", torch.tensor(0.25)) == 0.25).all()
 
 
 def test_conditional_norm_needs_classes():

@@ -207,8 +207,9 @@ def test_res_block(rng, monkeypatch, in_channels):
     """conv3, cbn, lrelu twice, plus the input, or conv1, cbn, lrelu of it where channels change."""
     monkeypatch.setattr(resblock, "_up", lambda x: x)
     config = BatchNormConfig(
-        "conditional_batch", eps=EPS, momentum=0.1, var_estimator=VarEstimator["biased"]
-    )
+        "conditional_batch", eps=EPS, affine=True, weight_init=None, momentum=0.1,
+        var_estimator=VarEstimator["biased"], running_var_init=1.0,
+    )  # fmt: skip
     block = resblock.PostactBlock(in_channels, 5, gannorm.build_norm(config, 3)).double()
     names = ["1", "2"] if in_channels == 5 else ["1", "2", "shortcut"]
     norms = {"1": block.norm1, "2": block.norm2, "shortcut": getattr(block, "shortcut_norm", None)}

@@ -129,11 +129,15 @@ class PatchDiscriminator(nn.Module):
 
 
 def init_weights(net: nn.Module) -> None:
-    """As the reference: convolutions N(0, 0.02), norm weights N(1, 0.02), biases 0."""
+    """As the reference: convolutions N(0, 0.02), norm weights N(1, 0.02), biases 0.
+
+    A norm that was given a `weight_init` keeps it.
+    """
     for module in net.modules():
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         if weight is not None:
             convolution = isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
-            nn.init.normal_(weight, 0.0 if convolution else 1.0, 0.02)
+            given = getattr(module, "weight_init", None)
+            nn.init.normal_(weight, *((0.0, 0.02) if convolution else given or (1.0, 0.02)))
         if bias is not None:
             nn.init.zeros_(bias)
