@@ -6,7 +6,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from test_config import CONF, SMALL, build, composed
 
-from gannorm.study import EVALUATIONS, STEPS, members, register
+from gannorm.study import EVALUATIONS, LOSS, STEPS, members, register
 from gannorm.tasks import ClassConditional, CycleGAN, build_task
 
 register()
@@ -38,7 +38,8 @@ def test_members_are_every_norm_a_task_takes_and_the_mistakes():
 def test_a_member_is_not_refused_and_changes_no_more_than_it_says(name: str):
     member = MEMBERS[name]
     raw = composed(f"study={name}")
-    plain = flat(composed(f"model={member.model}", f"norm={member.norm}"))
+    loss = LOSS[member.model]
+    plain = flat(composed(f"model={member.model}", f"norm={member.norm}", f"loss={loss}"))
     ours = flat(raw)
     differing = {key: ours[key] for key in plain if ours[key] != plain[key]}
     steps = STEPS[member.model, member.batch_size]
