@@ -15,7 +15,7 @@ def main_protocol(times: dict[str, float]) -> str:
 def draw(result: dict[str, Any], path: Path) -> str:
     """Write the PNG; what to say about it."""
     if find_spec("matplotlib") is None:
-        return 'no plot: matplotlib is not installed; pip install -e ".[bench]"'
+        return "no plot: matplotlib is not installed; pip install matplotlib"
     import matplotlib
 
     matplotlib.use("Agg")
