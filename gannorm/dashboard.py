@@ -119,7 +119,7 @@ class Dashboard:
         networks = {**self.task.averaged, **self.task.discriminators}
         for name, values in (norm_tensors(networks) | statistics).items():
             if values.isfinite().all():
-                self.writer.add_histogram(f"norms/{name}", values, step)
+                self.writer.add_histogram(name, values, step)  # a group of the tab for each layer
 
     def compare(self, config: dict[str, Any], quality: dict[str, float]) -> None:
         """The run's line in the HParams tab, in its own event file: its settings, final/FIGURE
@@ -182,13 +182,13 @@ def confusion(seen: Seen) -> Figure:
     assert seen.labels is not None and seen.read is not None
     classes = seen.logits.shape[1]
     asked, read = seen.labels.cpu(), seen.read.cpu()
-    figure = Figure(figsize=(6, 5))
+    figure = Figure(figsize=(5, 4.2))
     ConfusionMatrixDisplay.from_predictions(
         asked, read, normalize="true", labels=range(classes), values_format=".0%",
         include_values=classes <= NUMBERED, cmap="Blues", ax=figure.subplots(),
         text_kw={"fontsize": "small"}, im_kw={"vmin": 0, "vmax": 1},
     )  # fmt: skip
-    figure.subplots_adjust(0.1, 0.1, 1.0, 0.93)
+    figure.subplots_adjust(0.12, 0.12, 1.0, 0.92)
     axes = figure.axes[0]
     axes.set(xlabel="class read", ylabel="class asked for")
     axes.set_title(f"{float((asked == read).float().mean()):.1%} read correctly", fontsize="medium")

@@ -140,9 +140,9 @@ def test_histograms(board):
     """A table's rows by class, and where a norm keeps no statistics, its inputs'."""
     tags = board("histograms/tags")
     conditional = {
-        f"norms/G.blocks.0.norm1/{name}/class_{k}" for name in ("weight", "bias") for k in range(10)
+        f"G.blocks.0.norm1/{name}/class_{k}" for name in ("weight", "bias") for k in range(10)
     }
-    running = {f"norms/G.blocks.0.norm1/running_{name}" for name in ("mean", "var")}
+    running = {f"G.blocks.0.norm1/running_{name}" for name in ("mean", "var")}
     assert conditional | running <= set(tags["classes"]) and len(tags["classes"]) < 200
     assert {tag.rpartition("/")[2] for tag in tags["translation"]} == {"input_mean", "input_std"}
     (_, second) = board("histograms/histograms", run="classes", tag=sorted(running)[0])
