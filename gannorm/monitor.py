@@ -26,10 +26,12 @@ class Monitor:
             _drop_after(path, start_step)
         self.file = path.open("a", encoding="utf-8")
         purge = start_step + 1 if start_step else None
+        self.tags: set[str] = set()  # of the scalars so far
         self.writer = SummaryWriter(str(run_dir), purge_step=purge, flush_secs=10)
 
     def scalars(self, step: int, values: dict[str, float], **notes: Any) -> None:
         """One line of metrics.jsonl, with `notes` beside, and as many TensorBoard scalars."""
+        self.tags |= values.keys()
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
         self.file.write(json.dumps({"step": step, **values, **notes}) + "\n")
@@ -38,13 +40,18 @@ class Monitor:
     def text(self, name: str, markdown: str, step: int | None = None) -> None:
         self.writer.add_text(name, markdown, step)
 
+    def grid(self, name: str, images: Tensor, columns: int, step: int) -> Tensor:
+        """A batch (N, C, S, S) in rows of `columns` in TensorBoard: the picture (C, H, W)."""
+        grid = make_grid(_legible(images.cpu()), nrow=columns, padding=4, pad_value=1.0)
+        self.writer.add_image(name, (grid.clamp(-1, 1) + 1) / 2, step)
+        return grid
+
     def images(self, step: int, samples: dict[str, tuple[Tensor, int]]) -> Path:
         """Each batch as a grid in TensorBoard, all of them side by side in one PNG: its path."""
-        grids = []
-        for name, (images, columns) in samples.items():
-            grid = make_grid(_legible(images.cpu()), nrow=columns, padding=4, pad_value=1.0)
-            self.writer.add_image(f"samples/{name}", (grid.clamp(-1, 1) + 1) / 2, step)
-            grids.append(grid)
+        grids = [
+            self.grid(f"samples/{name}", images, columns, step)
+            for name, (images, columns) in samples.items()
+        ]
         height = max(g.shape[1] for g in grids)
         gap = torch.ones(grids[0].shape[0], height, 16)
         columns_ = []

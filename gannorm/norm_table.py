@@ -103,6 +103,36 @@ def gaps(networks: Mapping[str, nn.Module]) -> Iterator[Gaps]:
             handle.remove()
 
 
+@contextmanager
+def input_statistics(networks: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Fills in LAYER/input_mean and LAYER/input_std, each plane's (N*C,), inside the block.
+
+    For layers without running statistics, at their first call: what these are to the others.
+    """
+    found: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if f"{name}/input_std" not in found:
+                std, mean = torch.std_mean(inputs[0].detach().float(), (2, 3))
+                found[f"{name}/input_mean"] = mean.flatten()
+                found[f"{name}/input_std"] = std.flatten()
+
+        return look
+
+    handles = [
+        layer.register_forward_pre_hook(hook(f"{net}.{name}"))
+        for net, network in networks.items()
+        for name, layer in norm_layers(network).items()
+        if getattr(layer, "running_mean", None) is None
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 COLUMNS = (
     "layer", "kind", "channels", "values", "weight", "bias", "running mean", "running var",
     "verdict",

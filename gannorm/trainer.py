@@ -20,10 +20,12 @@ from tqdm import tqdm
 import gannorm
 from gannorm import checkpoint
 from gannorm.config import Config, typed
+from gannorm.dashboard import Dashboard, environment
 from gannorm.data import Batch, Data, batches, build_data
 from gannorm.diagnostics import Watch, balance_faults, first_nonfinite
 from gannorm.errors import RequestError
 from gannorm.metrics.best import Best, average, unmeasured
+from gannorm.metrics.evaluation import Judged
 from gannorm.monitor import Monitor
 from gannorm.tasks import Task, build_task
 
@@ -72,14 +74,20 @@ class Run:
             yield
         self.evaluation_seconds += time.perf_counter() - began
 
-    def evaluate(self) -> dict[str, dict[str, float]]:
+    def evaluate(self) -> tuple[dict[str, dict[str, float]], Judged]:
         """By group: `quality` of the averaged generators, of a single class's samples, and
-        `quality_raw` of the trained ones, where they differ."""
+        `quality_raw` of the trained ones, where they differ; and what was seen of the former."""
         with self.evaluating():
-            groups = {"quality": self.task.evaluate(self.task.averaged)}
+            judged = self.task.evaluate(self.task.averaged)
+            groups = {"quality": judged.figures}
             if self.task.cfg.optim.ema_decay > 0:
-                groups["quality_raw"] = self.task.evaluate(self.task.generators, brief=True)
-        return groups
+                raw = self.task.evaluate(self.task.generators, brief=True)
+                groups["quality_raw"] = raw.figures
+        return groups, judged
+
+    @property
+    def evaluation_share(self) -> float:
+        return self.evaluation_seconds / (self.seconds + self.evaluation_seconds)
 
 
 def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
@@ -127,9 +135,11 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
     monitor = Monitor(run_dir, run.step)
     monitor.text("config", f"```yaml\n{OmegaConf.to_yaml(raw, resolve=True)}\n```")
     monitor.text("protocol", f"```yaml\n{OmegaConf.to_yaml(protocol)}\n```")
+    monitor.text("environment", environment(device_name(device)))
     monitor.scalars(run.step, tagged("reference", reference), protocol=protocol)
+    board = Dashboard(monitor, task, tagged("reference", reference))
     if run.step == 0:
-        with torch.random.fork_rng(), task.norm_backend():
+        with run.evaluating():
             monitor.images(0, task.samples())
 
     # ---- train
@@ -161,21 +171,22 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
                 monitor.scalars(run.step, figures)
                 bar.set_postfix(postfix(figures, groups, run))
             if run.step % cfg.trainer.eval_every == 0 or last:
-                groups = assess(run, cfg, monitor)
+                groups = assess(run, cfg, monitor, board)
                 bar.set_postfix(postfix(figures, groups, run))
                 last = last or plateaued(run, cfg)
             if run.step % cfg.trainer.sample_every == 0 or last:
-                with torch.random.fork_rng(), task.norm_backend():
+                with run.evaluating():
                     monitor.images(run.step, task.samples())
             if run.step % cfg.trainer.checkpoint_every == 0 or last:
                 path = run_dir / "checkpoints" / f"step_{run.step:08d}.pt"
                 checkpoint.save(path, run.state_dict())
                 checkpoint.prune(run_dir, cfg.trainer.keep_checkpoints)
             bar.update()
-    monitor.close()
 
     # ---- report
-    groups = groups or run.evaluate()  # resumed behind the last step
+    groups = groups or run.evaluate()[0]  # resumed behind the last step
+    board.compare(run.config, groups["quality"])
+    monitor.close()
     summary = {
         "steps": run.step,
         **groups,
@@ -194,15 +205,20 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
     return summary
 
 
-def assess(run: Run, cfg: Config, monitor: Monitor) -> dict[str, dict[str, float]]:
+def assess(
+    run: Run, cfg: Config, monitor: Monitor, board: Dashboard
+) -> dict[str, dict[str, float]]:
     """Diagnose, evaluate, log, keep best.pt: the figures of quality by group."""
     with run.evaluating():
         figures, faults = run.task.diagnose()
     figures |= run.watch.report(run.step, faults, monitor)
-    groups = run.evaluate()
+    groups, judged = run.evaluate()
     for group, values in groups.items():
         figures |= tagged(group, values)
+    figures["speed/evaluation_share"] = run.evaluation_share
     monitor.scalars(run.step, figures, protocol=run.task.protocol())
+    with run.evaluating():
+        board.show(run.step, judged)
     if run.best.update(cfg.metrics.best.name, groups["quality"], run.step):
         checkpoint.save(monitor.run_dir / BEST, run.state_dict())
     return groups
@@ -359,8 +375,7 @@ def postfix(
     for name in ("fid", "accuracy"):
         value = average(name, quality)
         few |= {} if value is None else {name: f"{value:.3g}"}
-    share = run.evaluation_seconds / (run.seconds + run.evaluation_seconds)
-    return few | {"evaluation": f"{share:.0%} of the time"}
+    return few | {"evaluation": f"{run.evaluation_share:.0%} of the time"}
 
 
 def closing(summary: dict[str, Any], run_dir: Path) -> str:

@@ -24,6 +24,7 @@ FLOORS = (
     ("gannorm.data",),
     ("gannorm.metrics", "gannorm.monitor", "gannorm.checkpoint", "gannorm.diagnostics"),
     ("gannorm.tasks",),
+    ("gannorm.dashboard",),
     ("gannorm.trainer", "gannorm.inference", "gannorm.inspection", "gannorm.study"),
     ("gannorm.__main__", "train"),
 )

@@ -13,7 +13,13 @@ from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from gannorm.metrics.distances import fid, inception_score, kid, neighbourhoods
+from gannorm.metrics.distances import (
+    fid,
+    inception_score,
+    kid,
+    neighbourhoods,
+    precision_recall_curve,
+)
 
 
 def sets(n: int, m: int, d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,3 +220,27 @@ def test_more_of_a_fault_is_further():
     for name, sign in (("fid", 1), ("kid", 1), ("precision", -1), ("coverage", -1)):
         values = [sign * f[name] for f in found]
         assert values == sorted(values) and values[0] < values[-1], name
+
+
+# ---- the precision-recall curve
+
+
+def test_the_curve_shows_what_is_missing_and_what_is_too_much():
+    """Ten far clusters: of the generated samples half are real, of the real ones all or half are
+    generated; the corner of Sajjadi et al.'s figure."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(1000) // 100
+    real = 100 * torch.eye(10)[labels] + torch.randn(1000, 10, generator=g)
+    fake = 100 * torch.eye(10)[labels] + torch.randn(1000, 10, generator=g)
+    strange = fake - 300
+
+    def corner(samples):
+        precision, recall = precision_recall_curve(real, samples)
+        assert (precision.diff() >= -1e-9).all() and (recall.diff() <= 1e-9).all()
+        return float(precision.max()), float(recall.max())
+
+    assert corner(fake) == pytest.approx((1, 1), abs=0.02)
+    assert corner(fake[labels < 5]) == pytest.approx((1, 0.5), abs=0.02)
+    assert corner(torch.cat([fake[0::2], strange[0::2]])) == pytest.approx((0.5, 1), abs=0.02)
+    assert corner(strange) == (0, 0)
+    assert torch.equal(*(precision_recall_curve(real, fake)[0] for _ in range(2)))

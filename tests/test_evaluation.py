@@ -195,3 +195,21 @@ def test_seen():
     a = Seen(torch.zeros(2, 3), torch.zeros(2, 4), None, torch.tensor([1, 2]))
     both = Seen.joined([a, a[1:]])
     assert len(both) == 3 and both.read is None and both.labels.tolist() == [1, 2, 2]
+
+
+@pytest.mark.parametrize("name", ["digits", "digits_m", "nothing held out"])
+def test_the_nearest_image_to_a_training_image_is_itself(name, monkeypatch):
+    """Even where a patch of a photograph is drawn behind each digit."""
+    cfg = DigitsConfig("digits_m" if name == "digits_m" else "digits", 32, 1, 32, 0)
+    data = build_data(cfg)
+    if name == "nothing held out":
+        data.test = data.real
+    monkeypatch.setattr("gannorm.metrics.features.STEPS", 2)
+    reference = build_references(config(), data, CPU)[-1]
+    chosen = torch.tensor([3, 200, 500])
+    found = reference.nearest(reference.real.features[chosen], 4)
+    assert found.shape == (3, 4, 1, 32, 32)
+    again = reference.observe(found.flatten(0, 1)).features.view(3, 4, -1)
+    torch.testing.assert_close(again[:, 0], reference.real.features[chosen])
+    apart = (again - again[:, :1]).norm(dim=2)
+    assert (apart.diff(dim=1) >= -1e-4).all() and (apart[:, 1] > 0).all()

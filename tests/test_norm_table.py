@@ -17,6 +17,7 @@ from gannorm.norm_table import (
     COLUMNS,
     fault,
     gaps,
+    input_statistics,
     norm_layers,
     render,
     table,
@@ -118,3 +119,15 @@ def test_rows():
     assert {line[lines[0].index("kind") :].split()[0] for line in lines[1:]} == {
         "BatchNorm2d", "InstanceNorm2d",
     }  # fmt: skip
+
+
+def test_input_statistics_are_of_what_a_norm_averages():
+    net = torch.nn.Sequential(InstanceNorm2d(6), BatchNorm2d(6), torch.nn.ReLU())
+    x = 3 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)) + 1
+    with input_statistics({"G": net}) as found:
+        net(x)
+        net(x + 1)  # the first call counts
+    assert set(found) == {"G.0/input_mean", "G.0/input_std"}
+    torch.testing.assert_close(found["G.0/input_mean"].view(4, 6), x.mean((2, 3)))
+    torch.testing.assert_close(found["G.0/input_std"].view(4, 6), x.std((2, 3)))
+    assert not net[0]._forward_pre_hooks

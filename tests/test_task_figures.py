@@ -11,6 +11,7 @@ from gannorm.config import typed
 from gannorm.data import build_data, fetch_all
 from gannorm.metrics.similarity import HIGHEST
 from gannorm.tasks import ClassConditional, CycleGAN, build_task
+from gannorm.tasks.class_conditional import mixed, slerp
 
 CONF = Path(__file__).parents[1] / "conf"
 CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ def test_a_perfect_translation_measures_as_the_real_images(translation):
     task, data = translation
     assert isinstance(task, CycleGAN)
     a, b = (fetch_all(source)["image"] for source in data.test)
-    found = task.figures({"G_A": Lookup(a, b), "G_B": Lookup(b, a)}, brief=False)
+    found = task.judge({"G_A": Lookup(a, b), "G_B": Lookup(b, a)}, brief=False).figures
     reference = task.reference_figures()
     for way in ("AtoB", "BtoA"):
         assert found[f"psnr_{way}"] == HIGHEST and found[f"feature_distance_{way}"] < 1e-9
@@ -64,7 +65,7 @@ def test_a_perfect_translation_measures_as_the_real_images(translation):
 
 def test_no_translation_measures_as_untranslated(translation):
     task, _ = translation
-    found = task.figures({"G_A": nn.Identity(), "G_B": nn.Identity()}, brief=False)
+    found = task.judge({"G_A": nn.Identity(), "G_B": nn.Identity()}, brief=False).figures
     reference = task.reference_figures()
     untranslated = {k for k in reference if k.endswith("_untranslated")}
     assert len(untranslated) == 22  # two ways, 8 figures of sets and 3 of pairs
@@ -86,12 +87,12 @@ def test_each_way_back_has_its_own_error(translation):
         def forward(self, images):
             return torch.zeros_like(images)
 
-    found = task.figures({"G_A": Lookup(a, b), "G_B": Grey()}, brief=False)
+    found = task.judge({"G_A": Lookup(a, b), "G_B": Grey()}, brief=False).figures
     assert found["cycle_l1_A"] == pytest.approx(float(a.abs().mean()), rel=1e-5)
     assert found["psnr_AtoB"] == HIGHEST and found["psnr_BtoA"] < 10
     assert found["accuracy_AtoB"] > 0.9 and found["accuracy_BtoA"] < 0.2
     assert found["fid_BtoA"] > 10 * found["fid_AtoB"]
-    brief = task.figures({"G_A": Lookup(a, b), "G_B": Grey()}, brief=True)
+    brief = task.judge({"G_A": Lookup(a, b), "G_B": Grey()}, brief=True).figures
     assert brief == {k: v for k, v in found.items() if "cycle" not in k}
 
 
@@ -156,14 +157,14 @@ def test_real_images_measure_as_real_ones(generation):
     task, data = generation
     assert isinstance(task, ClassConditional)
     batch = fetch_all(data.test[0])
-    found = task.figures({"G": Gallery(batch["image"], batch["label"])}, brief=False)
+    found = task.judge({"G": Gallery(batch["image"], batch["label"])}, brief=False).figures
     real = task.reference_figures()
     assert set(real) == {f"{name}_real" for name in found}
     assert found["accuracy"] > 0.95 and found["coverage"] > real["coverage_real"] - 0.05
     assert found["fid"] < 1.5 * real["fid_real"]
     assert found["class_fid"] < 1.5 * real["class_fid_real"]
 
-    other = task.figures({"G": Gallery(batch["image"], batch["label"], shift=1)}, brief=False)
+    other = task.judge({"G": Gallery(batch["image"], batch["label"], shift=1)}, brief=False).figures
     assert other["accuracy"] < 0.05 and other["class_fid"] > 5 * found["class_fid"]
     assert other["fid"] == pytest.approx(found["fid"], rel=0.2)
 
@@ -172,7 +173,34 @@ def test_evaluation_is_of_copies(generation):
     task, _ = generation
     before = {k: v.clone() for k, v in task.generators["G"].state_dict().items()}
     assert task.generators["G"].training
-    first = task.evaluate(task.generators)
-    assert task.evaluate(task.generators) == first  # the same noise
+    first = task.evaluate(task.generators).figures
+    assert task.evaluate(task.generators).figures == first  # the same noise
     assert task.generators["G"].training
     assert all(torch.equal(v, before[k]) for k, v in task.generators["G"].state_dict().items())
+
+
+def test_between_two_noises_length_is_kept():
+    start, end = torch.tensor([3.0, 0, 0]), torch.tensor([0, 4.0, 0])
+    path = slerp(start, end, torch.tensor([0, 0.5, 1]))
+    torch.testing.assert_close(path[[0, 2]], torch.stack([start, end]))
+    torch.testing.assert_close(path[1], (start + end) / 2**0.5)
+
+
+@pytest.mark.parametrize("norm", ["conditional_batch", "conditional_instance", "group"])
+def test_mixed_classes(norm):
+    """A mixture of one class alone is that class; others lie between. The original stays."""
+    task, _ = prepared("resblock_gan", f"norm={norm}", "model.g_spectral_norm=true")
+    net = task.generators["G"].eval()
+    for name, parameter in net.named_parameters():
+        if parameter.shape[0] == 10 and "conv" not in name:
+            torch.nn.init.normal_(parameter)
+    noise, three = torch.randn(3, task.model.z_dim), torch.tensor([3, 3, 3])
+    mix = torch.eye(10)[[3, 7, 3]]
+    mix[2] = (mix[0] + mix[1]) / 2
+    with torch.no_grad():
+        expected = net(noise, three)
+        found = mixed(net, mix)(noise, torch.arange(3))
+        torch.testing.assert_close(found[0], expected[0])
+        torch.testing.assert_close(found[1], net(noise, three + 4)[1])
+        assert not torch.allclose(found[2], expected[2]) and found.isfinite().all()
+        assert torch.equal(net(noise, three), expected)

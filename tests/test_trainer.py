@@ -17,8 +17,10 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from gannorm import checkpoint
+from gannorm.dashboard import Dashboard
 from gannorm.errors import RequestError
 from gannorm.metrics import features
+from gannorm.metrics.evaluation import Judged
 from gannorm.monitor import Monitor
 from gannorm.tasks import ClassConditional, CycleGAN
 from gannorm.trainer import run_folder, train
@@ -171,8 +173,9 @@ def test_evaluation_leaves_training_alone(model, extra, tmp_path, monkeypatch):
         kind, "prepare_evaluation", lambda self, data: setattr(self, "references", [])
     )
     monkeypatch.setattr(kind, "reference_figures", lambda self: {})
-    monkeypatch.setattr(kind, "evaluate", lambda self, generators, brief=False: {"fid": 1.0})
+    monkeypatch.setattr(kind, "evaluate", lambda *_, brief=False: Judged({"fid": 1.0}))
     monkeypatch.setattr(kind, "diagnose", lambda self: ({}, {}))
+    monkeypatch.setattr(Dashboard, "show", lambda self, step, judged: None)
     monkeypatch.setattr(Monitor, "images", lambda self, step, samples: None)
     monkeypatch.setattr(kind, "samples", lambda self: {})
     train(config(model, *extra), tmp_path / "never")

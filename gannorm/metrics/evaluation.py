@@ -1,7 +1,7 @@
 """Samples held against the real images of one domain: figures, their floor, their protocol."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gannorm.config import MetricsConfig
-from gannorm.data import Data, Source
+from gannorm.data import Batch, Data, Source
 from gannorm.data.digest import digest
 from gannorm.metrics import distances
 from gannorm.metrics.features import Embedded, Extractor, Inception, cached, embedded
@@ -60,8 +60,10 @@ class Reference:
         device: torch.device, cache: Path, samples: int | None = None,
     ) -> None:  # fmt: skip
         self.extractor, self.reader, self.device = extractor, reader, device
+        self.source, self.every = real, 1
         self.real = self._observed(real, cache)
         if held_out is real:
+            self.every = 2
             self.real, rest = self.real[0::2], self.real[1::2]
         else:
             rest = self._observed(held_out, cache)
@@ -85,14 +87,27 @@ class Reference:
 
         def make() -> list[Tensor | None]:
             parts = []
-            for index in evenly(len(source), min(len(source), MOST_REAL)).split(CHUNK):
-                batch = source.fetch(index.tolist(), torch.Generator().manual_seed(int(index[0])))
+            for index in _chunks(source):
+                batch = _fetch(source, index)
                 labels = batch["label"].to(self.device) if "label" in batch else None
                 parts.append(self.observe(batch["image"].to(self.device), labels))
             return [None if v is None else v.cpu() for v in Seen.joined(parts).values()]
 
         values = cached(cache, f"features-{key}", make)
         return Seen(*(None if v is None else v.to(self.device) for v in values))  # type: ignore[arg-type]
+
+    def nearest(self, features: Tensor, count: int) -> Tensor:
+        """The `count` real images (all, if fewer) nearest to each of features (N, D):
+        (N, count, C, S, S), on the CPU.
+
+        Fetched by whole chunks, as they were observed: a source may draw on the generator.
+        """
+        apart = torch.cdist(features.double(), self.real.features.double())
+        places = apart.topk(min(count, len(self.real)), largest=False).indices * self.every
+        chunks, number = _chunks(self.source), places.cpu() // CHUNK
+        batches = {k: _fetch(self.source, chunks[k])["image"] for k in number.unique().tolist()}
+        rows = [[batches[k // CHUNK][k % CHUNK] for k in row] for row in places.tolist()]
+        return torch.stack([torch.stack(row) for row in rows])
 
     def compare(self, seen: Seen) -> dict[str, float]:
         """Every figure of samples: those on features, and the accuracy where there are labels.
@@ -138,6 +153,17 @@ class Reference:
         }
 
 
+@dataclass
+class Judged:
+    """Figures of generators, and what they were made of, where there are references.
+
+    seen: by direction ("" or "_AtoB"), the samples and what they were held against.
+    """
+
+    figures: dict[str, float]
+    seen: dict[str, tuple[Reference, Seen]] = field(default_factory=dict)
+
+
 def build_references(cfg: MetricsConfig, data: Data, device: torch.device) -> list[Reference]:
     """One for each domain of `data`; none where `embedded` has no labels to be trained on.
 
@@ -156,6 +182,14 @@ def build_references(cfg: MetricsConfig, data: Data, device: torch.device) -> li
             return []
         references.append(Reference(real, held_out, extractor, reader, device, cache, cfg.samples))
     return references
+
+
+def _chunks(source: Source) -> tuple[Tensor, ...]:
+    return evenly(len(source), min(len(source), MOST_REAL)).split(CHUNK)
+
+
+def _fetch(source: Source, index: Tensor) -> Batch:
+    return source.fetch(index.tolist(), torch.Generator().manual_seed(int(index[0])))
 
 
 def evenly(length: int, count: int) -> Tensor:

@@ -63,7 +63,9 @@ class Embedded(Extractor):
         return found
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.neck(self.maps(images)[-1])
+        maps = self.maps(images)[-1]
+        pooled = maps.shape[-2:] == (4, 4)  # as of 32x32 images: a pool of single pixels
+        features = (self.neck[1:] if pooled else self.neck)(maps)
         return features, self.head(features)
 
 

@@ -31,7 +31,7 @@ def ssim(images: Tensor, target: Tensor) -> Tensor:
     x, y = ((side.double() + 1) / 2 for side in (images, target))
     rows, columns = (_windows(size).to(x.device) for size in images.shape[-2:])
     maps = torch.stack([x, y, x * x, y * y, x * y])
-    mean_x, mean_y, xx, yy, xy = rows @ maps @ columns.mT
+    mean_x, mean_y, xx, yy, xy = rows @ (maps @ columns.mT)
     c1, c2 = 0.01**2, 0.03**2
     means = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
     variances = xx - mean_x.square() + yy - mean_y.square()
@@ -59,6 +59,8 @@ def feature_distance(maps: list[Tensor], target: list[Tensor]) -> Tensor:
     """
     total = torch.zeros(len(maps[0]), dtype=torch.float64, device=maps[0].device)
     for a, b in zip(maps, target, strict=True):
-        a, b = (x.double() / (x.double().norm(dim=1, keepdim=True) + 1e-10) for x in (a, b))
-        total += (a - b).square().sum(1).mean((1, 2))
+        a, b = (x.to(torch.float64, copy=True) for x in (a, b))  # and in place from here on
+        lengths = a.square().sum(1).sqrt() + 1e-10, b.square().sum(1).sqrt() + 1e-10
+        a, b = (x.div_(length[:, None]) for x, length in zip((a, b), lengths, strict=True))
+        total += a.sub_(b).square_().sum(1).mean((1, 2))
     return total

@@ -1,5 +1,6 @@
 """The class-conditional ResBlock GAN (SNGAN-projection, Miyato and Koyama, 2018)."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from gannorm.errors import RequestError
 from gannorm.losses import generator_loss
 from gannorm.metrics.evaluation import (
     CHUNK,
+    Judged,
     Seen,
     build_references,
     evenly,
@@ -20,11 +22,12 @@ from gannorm.metrics.evaluation import (
     suffixed,
 )
 from gannorm.models import ProjectionDiscriminator, ResBlockGenerator
-from gannorm.norms import build_norm
+from gannorm.norms import ConditionalBatchNorm2d, ConditionalInstanceNorm2d, build_norm
 from gannorm.tasks.task import Task
 
 SHOWN = 10  # classes and noises in a sample grid, at most
 PROBED = 200  # that the diagnostics look at
+NEAREST = 3  # training images beside a sample
 
 
 class ClassConditional(Task):
@@ -121,7 +124,7 @@ class ClassConditional(Task):
         batch = test.fetch(index, torch.Generator())
         self.probed = {name: value.to(self.device) for name, value in batch.items()}
 
-    def figures(self, generators: dict[str, nn.Module], brief: bool) -> dict[str, float]:
+    def judge(self, generators: dict[str, nn.Module], brief: bool) -> Judged:
         """Of as many samples as the reference says, the classes in turn."""
         (reference,) = self.references
         noise, labels = self.noise[: reference.count], self.labels[: reference.count]
@@ -129,7 +132,8 @@ class ClassConditional(Task):
             reference.observe(generators["G"](z, y), y)
             for z, y in zip(noise.split(CHUNK), labels.split(CHUNK), strict=True)
         )
-        return reference.compare(seen) | reference.compare_classes(seen)
+        figures = reference.compare(seen) | reference.compare_classes(seen)
+        return Judged(figures, {"": (reference, seen)})
 
     def standing_forwards(self, name: str, net: nn.Module, count: int) -> list[Callable[[], Any]]:
         generator = torch.Generator().manual_seed(self.cfg.seed)
@@ -160,3 +164,56 @@ class ClassConditional(Task):
         labels = torch.arange(rows, device=self.device).repeat_interleave(SHOWN)
         noise = self.noise[:SHOWN].repeat(rows, 1)
         return {"class_by_noise": (in_chunks(self.averaged["G"], noise, labels), SHOWN)}
+
+    @torch.no_grad()
+    def pictures(self) -> dict[str, tuple[Tensor, int]]:
+        """A row for each class: from one noise to another; from this class to the next, the
+        noise fixed. A column for each class: a sample, and the training images nearest to it."""
+        net, (reference,) = self.averaged["G"], self.references
+        classes = self.num_classes or 0
+        rows = torch.arange(min(classes, SHOWN), device=self.device)
+        columns = torch.linspace(0, 1, SHOWN, device=self.device)
+        labels = rows.repeat_interleave(SHOWN)
+
+        path = slerp(self.noise[0], self.noise[1], columns)
+        noises = in_chunks(net, path.repeat(len(rows), 1), labels)
+
+        one_hot = torch.eye(classes, device=self.device)
+        share = columns.repeat(len(rows))[:, None]
+        mix = torch.lerp(one_hot[labels], one_hot[(labels + 1) % classes], share)
+        every = torch.arange(len(mix), device=self.device)
+        between = in_chunks(mixed(net, mix), self.noise[:1].expand(len(mix), -1), every)
+
+        samples = net(self.noise[: len(rows)], rows)
+        nearest = reference.nearest(reference.observe(samples).features, NEAREST)
+        beneath = torch.cat([samples[None], nearest.to(self.device).transpose(0, 1)])
+        return {
+            "interpolation/noise_to_noise_in_each_class": (noises, SHOWN),
+            "interpolation/each_class_to_the_next": (between, SHOWN),
+            "neighbours/samples_above_nearest_training_images": (beneath.flatten(0, 1), len(rows)),
+        }
+
+
+def slerp(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
+    """From noise `start` (Z,) to `end` (Z,) on a great circle, at `share` (N,) of the way: (N, Z).
+
+    White (2016): a straight line would lead through noises shorter than any that are drawn.
+    """
+    angle = torch.cosine_similarity(start, end, dim=0).acos()
+    a, b = ((1 - share) * angle).sin(), (share * angle).sin()
+    return (a[:, None] * start + b[:, None] * end) / angle.sin()
+
+
+def mixed(net: nn.Module, mix: Tensor) -> nn.Module:
+    """A copy of generator `net` whose class m is the mixture mix[m] (K,) of its K classes.
+
+    A class is a row in each of the tables, of norms or of the embedding: mixtures are other rows.
+    """
+    net = copy.deepcopy(net)
+    for name, module in list(net.named_modules()):
+        if isinstance(module, nn.Embedding):  # anew, for it may be spectrally normalized
+            net.set_submodule(name, nn.Embedding.from_pretrained(mix @ module.weight))
+        elif isinstance(module, ConditionalBatchNorm2d | ConditionalInstanceNorm2d):
+            module.weight = nn.Parameter(mix @ module.weight)
+            module.bias = nn.Parameter(mix @ module.bias)
+    return net

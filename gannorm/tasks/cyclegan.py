@@ -18,6 +18,7 @@ from gannorm.errors import RequestError
 from gannorm.losses import ImagePool, generator_loss, is_penalized
 from gannorm.metrics.evaluation import (
     MOST_GENERATED,
+    Judged,
     Seen,
     build_references,
     evenly,
@@ -30,6 +31,7 @@ from gannorm.norms import build_norm
 from gannorm.tasks.task import Task
 
 SHOWN = 8  # held-out images of each domain in a sample grid
+NEAREST = 3  # training images beside a translation
 PROBED = 64  # that the diagnostics look at
 TRANSLATED = 32  # at a time while evaluating
 DIRECTIONS = (("A", "B", "G_A", "G_B"), ("B", "A", "G_B", "G_A"))  # from, to, there, back
@@ -145,18 +147,19 @@ class CycleGAN(Task):
         self.probed = [fetch_all(source, PROBED)["image"].to(self.device) for source in data.test]
         self.shown = [images[:SHOWN] for images in self.probed]
 
-    def figures(self, generators: dict[str, nn.Module], brief: bool) -> dict[str, float]:
+    def judge(self, generators: dict[str, nn.Module], brief: bool) -> Judged:
         """Translations of the held-out images and, unless brief, what comes back of them."""
-        out = {}
+        out, looked_at = {}, {}
         for here, (source, target, there, back) in enumerate(DIRECTIONS):
             come = None if brief else generators[back]
             scores, seen = self._translated(here, generators[there], come)
             for name, value in scores.items():
                 out[f"{name}_{source if 'cycle' in name else f'{source}to{target}'}"] = value
             if seen is not None:
-                compared = self.references[1 - here].compare(seen)
-                out |= suffixed(compared, f"{source}to{target}")
-        return out
+                reference, way = self.references[1 - here], f"{source}to{target}"
+                out |= suffixed(reference.compare(seen), way)
+                looked_at[f"_{way}"] = (reference, seen)
+        return Judged(out, looked_at)
 
     def _translated(
         self, here: int, go: Callable[[Tensor], Tensor], come: Callable[[Tensor], Tensor] | None
@@ -243,6 +246,20 @@ class CycleGAN(Task):
             fake = self.averaged[there](images)
             strip = torch.stack([images, fake, self.averaged[back](fake)], 1)
             shown[title] = (strip.flatten(0, 1), 3)
+        return shown
+
+    @torch.no_grad()
+    def pictures(self) -> dict[str, tuple[Tensor, int]]:
+        """For each direction, columns of: original, translation, and the training images of the
+        other domain that are nearest to it."""
+        shown = {}
+        for here, (source, target, there, _) in enumerate(DIRECTIONS if self.references else ()):
+            reference, images = self.references[1 - here], self.shown[here]
+            fake = self.averaged[there](images)
+            nearest = reference.nearest(reference.observe(fake).features, NEAREST)
+            rows = torch.cat([torch.stack([images, fake]), nearest.to(self.device).transpose(0, 1)])
+            name = f"neighbours/{source}_to_{target}_above_nearest_training_images"
+            shown[name] = (rows.flatten(0, 1), len(images))
         return shown
 
     # ---- state

@@ -15,7 +15,7 @@ from gannorm.data import Batch, Data
 from gannorm.diagnostics import Probe, measure, norm_faults, sample_faults
 from gannorm.errors import RequestError
 from gannorm.losses import Judge, discriminator_objective, is_penalized, judged_right
-from gannorm.metrics.evaluation import Reference
+from gannorm.metrics.evaluation import Judged, Reference
 from gannorm.metrics.standing import renew_statistics
 from gannorm.norm_table import gaps, norm_layers
 
@@ -87,7 +87,7 @@ class Task(ABC):
         """Make the references, and keep what `evaluate` and `samples` show the generators."""
 
     @abstractmethod
-    def figures(self, generators: dict[str, nn.Module], brief: bool) -> dict[str, float]:
+    def judge(self, generators: dict[str, nn.Module], brief: bool) -> Judged:
         """Sample quality of generators in evaluation mode; a single class's as NAME/CLASS.
 
         brief: without the figures that cost passes of their own.
@@ -108,6 +108,10 @@ class Task(ABC):
     @abstractmethod
     def samples(self) -> dict[str, tuple[Tensor, int]]:
         """Named image batches (N, C, H, W) to show, and how many stand in a row."""
+
+    @abstractmethod
+    def pictures(self) -> dict[str, tuple[Tensor, int]]:
+        """More of them, shown at evaluations: interpolations, the nearest training images."""
 
     # ---- what they share
 
@@ -234,13 +238,13 @@ class Task(ABC):
             net.requires_grad_(not frozen)
 
     @torch.no_grad()
-    def evaluate(self, generators: dict[str, nn.Module], brief: bool = False) -> dict[str, float]:
-        """The figures of copies of `generators`, trained or averaged, which stay as they are."""
+    def evaluate(self, generators: dict[str, nn.Module], brief: bool = False) -> Judged:
+        """Copies of `generators`, trained or averaged, judged; they themselves stay as they are."""
         copies = {name: copy.deepcopy(net).eval() for name, net in generators.items()}
         count = self.cfg.metrics.standing_batches
         for name, net in copies.items():
             renew_statistics(net, self.standing_forwards(name, net, count))
-        return self.figures(copies, brief)
+        return self.judge(copies, brief)
 
     def protocol(self) -> dict[str, Any]:
         """How the figures came about: written beside them."""

@@ -1,0 +1,263 @@
+"""What TensorBoard shows of a run beyond its scalars: charts of several lines, pictures, curves.
+
+Everything is drawn by libraries (scikit-learn's confusion matrix, TensorBoard's own tabs) from what
+the evaluation has seen already; only the pictures cost passes of a generator.
+"""
+
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from sklearn.metrics import ConfusionMatrixDisplay
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch import Tensor, nn
+from torch.utils.tensorboard.summary import hparams
+
+from gannorm.metrics.best import HIGHER_IS_BETTER, average
+from gannorm.metrics.distances import PRD_SLOPES, precision_recall_curve
+from gannorm.metrics.evaluation import Judged, Reference, Seen, evenly
+from gannorm.monitor import Monitor
+from gannorm.norm_table import input_statistics, norm_layers
+from gannorm.tasks import Task
+
+# Figures with a chart of their own, for each direction: what is looked at first stands first.
+QUALITY = (
+    "fid", "accuracy", "coverage", "precision", "recall", "density", "kid", "inception_score",
+    "class_fid", "psnr", "ssim", "feature_distance",
+)  # fmt: skip
+# By category and chart: the scalars (regular expressions) that stand in it together.
+CHARTS = {
+    "quality": {
+        "fid of each class": r"class_fid/\d+",
+        "accuracy of each class": r"class_accuracy/\d+",
+        "cycle_l1": r"quality/cycle_l1_[AB]",
+        "cycle_psnr": r"quality/cycle_psnr_[AB]",
+        "cycle_ssim": r"quality/cycle_ssim_[AB]",
+    },
+    "losses": {
+        "generators": r"loss/G(_[AB])?",
+        "discriminators": r"loss/D(_[AB])?",
+        "penalties": r"loss/D\w*_penalty",
+        "cycle": r"loss/cycle_[AB]",
+        "identity": r"loss/identity_[AB]",
+    },
+    "discriminator balance": {
+        "judged right": r"balance/\w+_right",
+        "mean logits": r"loss/D\w*_(real|fake)",
+        "gradient norms": r"balance/gradient_[GD]",
+    },
+    "speed": {
+        "images per second": r"speed/images_per_second",
+        "evaluation's share of the time": r"speed/evaluation_share",
+        "learning rates": r"lr/\w+",
+    },
+    "health": {
+        "warnings (1 while reported)": r"health/\w+",
+        "diversity of samples (real images: 1)": r"probe/diversity\w*",
+        "finest checkerboard (real images: 1)": r"probe/checkerboard\w*",
+        "correlation of brightness": r"probe/polarity\w*",
+        "running statistics against the batch's": r"probe/norm_gap",
+    },
+}
+# One list for both families: TensorBoard takes the columns of the first run that it finds.
+HPARAMS = (
+    "model.name", "norm.name", "data.name", "data.batch_size", "loss.gan", "loss.r1", "loss.r2",
+    "loss.gradient_penalty", "loss.diffaugment", "optim.lr_g", "optim.lr_d", "optim.beta1",
+    "optim.beta2", "optim.d_steps", "optim.ema_decay", "trainer.steps", "trainer.precision", "seed",
+)  # fmt: skip
+FIRST = {"model.name", "norm.name", "data.name", "loss.gan", "seed"}  # the tab ticks five columns
+FINAL = ("fid", "kid", "precision", "recall", "coverage", "accuracy")
+PACKAGES = (
+    "gannorm", "torch", "torchvision", "triton", "torchmetrics", "scikit-learn", "numpy",
+    "hydra-core", "tensorboard",
+)  # fmt: skip
+LAYERS, CLASSES = 24, 10  # histograms: of so many norms, and classes of each, evenly spaced
+NUMBERED = 20  # classes whose confusion matrix has room for numbers
+
+
+class Dashboard:
+    """What a run adds to its event file at each evaluation, and at its end.
+
+    floor: scalars that do not change, as reference/FIGURE_real; logged anew each time, so that
+        they are lines beside the others.
+    """
+
+    def __init__(self, monitor: Monitor, task: Task, floor: Mapping[str, float]) -> None:
+        self.monitor, self.writer, self.task, self.floor = monitor, monitor.writer, task, floor
+        self.arranged: dict[str, Any] = {}
+        self.curves: dict[str, dict[str, Any]] = {}  # of held-out images
+
+    @torch.no_grad()
+    def show(self, step: int, judged: Judged) -> None:
+        for tag, value in self.floor.items():
+            self.writer.add_scalar(tag, value, step)
+        charts = layout(self.monitor.tags | self.floor.keys())
+        if charts != self.arranged:
+            self.writer.add_custom_scalars(charts)
+            self.arranged = charts
+        for way, (reference, seen) in judged.seen.items():
+            name = way.removeprefix("_") or "samples"
+            if seen.labels is not None and seen.read is not None:
+                self.writer.add_figure(f"confusion/{name}", confusion(seen), step)
+            if way not in self.curves:
+                self.curves[way] = _curve(reference, reference.held_out)
+            for tag, curve in ((name, _curve(reference, seen)), (f"{name}_real", self.curves[way])):
+                self.writer.add_pr_curve_raw(
+                    f"precision_recall/{tag}", **curve, global_step=step, num_thresholds=PRD_SLOPES
+                )
+        with input_statistics(self.task.averaged) as statistics:
+            for name, (images, columns) in self.task.pictures().items():
+                self.monitor.grid(name, images, columns, step)
+        networks = {**self.task.averaged, **self.task.discriminators}
+        for name, values in (norm_tensors(networks) | statistics).items():
+            if values.isfinite().all():
+                self.writer.add_histogram(name, values, step)  # a group of the tab for each layer
+
+    def compare(self, config: dict[str, Any], quality: dict[str, float]) -> None:
+        """The run's line in the HParams tab, in its own event file: its settings, final/FIGURE
+        (the mean over both directions of a translation)."""
+        final = {f"final/{name}": average(name, quality) for name in FINAL}
+        for tag, value in final.items():
+            if value is not None:
+                self.writer.add_scalar(tag, value)
+        experiment, *session = hparams(hyperparameters(config), final)
+        data = experiment.value[0].metadata.plugin_data
+        content = HParamsPluginData.FromString(data.content)
+        for info in content.experiment.hparam_infos:
+            info.differs = info.name in FIRST
+        data.content = content.SerializeToString()
+        for summary in (experiment, *session):
+            self.writer._get_file_writer().add_summary(summary)
+
+
+def _curve(reference: Reference, seen: Seen) -> dict[str, Any]:
+    """What a PR curve consists of; in the place of its four counts, the shares of 100 images:
+    generated ones among real ones and beside them, none, real ones that were not generated."""
+    precision, recall = precision_recall_curve(reference.real.features, seen.features)
+    counts = (precision, 1 - precision, torch.zeros_like(recall), 1 - recall)
+    names = ("true_positive", "false_positive", "true_negative", "false_negative")
+    pairs = zip(names, counts, strict=True)
+    found = {f"{name}_counts": (100 * share).round().numpy() for name, share in pairs}
+    return {**found, "precision": precision.numpy(), "recall": recall.numpy()}
+
+
+def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
+    """Of the scalars `tags`, what the Custom Scalars tab shows: category, chart, its lines.
+
+    A chart of quality has the averaged generator, the trained one and the floor; untranslated
+    images too, but for distances, which they would dwarf.
+    """
+    tags = sorted(tags)
+    charts: dict[str, dict[str, list[str]]] = {category: {} for category in CHARTS}
+    for figure in QUALITY:
+        for name in (figure, f"{figure}_AtoB", f"{figure}_BtoA"):
+            lines = [f"quality/{name}", f"quality_raw/{name}", f"reference/{name}_real"]
+            if figure in HIGHER_IS_BETTER:
+                lines.append(f"reference/{name}_untranslated")
+            charts["quality"][name] = [line for line in lines if line in tags]
+    for category, patterns in CHARTS.items():
+        for title, pattern in patterns.items():
+            charts[category][title] = [tag for tag in tags if re.fullmatch(pattern, tag)]
+    shown = {
+        category: {
+            title: ["Multiline", [f"^{re.escape(tag)}$" for tag in found]]
+            for title, found in by_title.items()
+            if found
+        }
+        for category, by_title in charts.items()
+    }
+    return {category: by_title for category, by_title in shown.items() if by_title}
+
+
+def confusion(seen: Seen) -> Figure:
+    """A heat map: class asked for x class that the classifier of real images reads, in percent."""
+    assert seen.labels is not None and seen.read is not None
+    classes = seen.logits.shape[1]
+    asked, read = seen.labels.cpu(), seen.read.cpu()
+    figure = Figure(figsize=(5, 4.2))
+    ConfusionMatrixDisplay.from_predictions(
+        asked, read, normalize="true", labels=range(classes), values_format=".0%",
+        include_values=classes <= NUMBERED, cmap="Blues", ax=figure.subplots(),
+        text_kw={"fontsize": "small"}, im_kw={"vmin": 0, "vmax": 1},
+    )  # fmt: skip
+    figure.subplots_adjust(0.12, 0.12, 1.0, 0.92)
+    axes = figure.axes[0]
+    axes.set(xlabel="class read", ylabel="class asked for")
+    axes.set_title(f"{float((asked == read).float().mean()):.1%} read correctly", fontsize="medium")
+    return figure
+
+
+def norm_tensors(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Weights, biases and running statistics of norm layers as LAYER/TENSOR, of a table each
+    class's row as LAYER/TENSOR/class_K."""
+    layers = {
+        f"{net}.{name}": layer
+        for net, network in networks.items()
+        for name, layer in norm_layers(network).items()
+    }
+    names = list(layers)
+    found = {}
+    for i in evenly(len(names), min(len(names), LAYERS)).tolist():
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            tensor = getattr(layers[names[i]], key, None)
+            if tensor is None:
+                continue
+            full = f"{names[i]}/{key}"
+            if tensor.dim() == 1:
+                found[full] = tensor
+            else:
+                rows = evenly(len(tensor), min(len(tensor), CLASSES)).tolist()
+                found |= {f"{full}/class_{k}": tensor[k] for k in rows}
+    return found
+
+
+def hyperparameters(config: dict[str, Any]) -> dict[str, str | float]:
+    """HPARAMS of a composed config; a list in one word, what is not set as 0."""
+    found: dict[str, str | float] = {}
+    for key in HPARAMS:
+        value = OmegaConf.select(OmegaConf.create(config), key)
+        if isinstance(value, Iterable) and not isinstance(value, str):
+            value = ",".join(map(str, value)) or "none"
+        found[key] = 0.0 if value is None else value
+    return found
+
+
+def environment(device: str) -> str:
+    """Where a run runs, as a table in markdown."""
+    rows = {
+        "command": f"`{' '.join(sys.argv)}`",
+        "device": device,
+        "machine": f"{platform.platform()}, {platform.machine()}",
+        "python": platform.python_version(),
+    }
+    if torch.version.cuda or torch.version.hip:
+        rows["CUDA / HIP"] = f"{torch.version.cuda or torch.version.hip}"
+    for package in PACKAGES:
+        try:
+            rows[package] = version(package)
+        except PackageNotFoundError:
+            rows[package] = "not installed"
+    rows["git commit"] = _commit()
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows.items())])
+
+
+def _commit() -> str:
+    """Of the source tree; a package that was installed without it has none."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():  # an installed package may lie inside another's repository
+        return "unknown"
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=root, capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
