@@ -4,6 +4,8 @@
     python -m benchmarks.moves        bytes that the kernels move, counted without a GPU
     python -m benchmarks.host         what one call costs the host
     python -m benchmarks.step         a training step, part by part
+    python -m benchmarks.tune         launch plans for this GPU, into kernels/plans.json
+    python -m benchmarks.defaults     how good the default runs are over seeds
     python -m benchmarks.norm_study   how well each norm trains: the runs of `study=` as a report
 
 On a GPU machine, tests on the real kernels first:
@@ -11,5 +13,5 @@ On a GPU machine, tests on the real kernels first:
     pip install -e ".[dev,peers]"
     env -u TRITON_INTERPRET pytest && python -m benchmarks.norms && python -m benchmarks.step
 
-Each command but the last writes JSON below `benchmarks/results/`, or where --out says.
+norms, moves, host and step write JSON below `benchmarks/results/`, or where --out says.
 """

@@ -4,8 +4,7 @@ This folder is imported as `gannorm.kernels`, through a symbolic link in the pac
 alone is the name of another project's distribution, which a top-level install would overwrite.
 
 `forward` and `backward` have the signatures of `gannorm.reference`'s; `spec.groups` picks the
-statistics: 0 for one channel across the batch (`batch_norm`), else sets of channels inside each
-sample (`instance_norm`).
+statistics: 0 for one channel across the batch, else sets of channels inside each sample.
 """
 
 if __name__ != "gannorm.kernels":

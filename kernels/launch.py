@@ -6,8 +6,10 @@ channels_last where x is, else contiguous. `spec` is any object with groups, eps
 negative_slope and residual_after_activation (`gannorm.reference.NormSpec`).
 """
 
+import json
 from contextlib import nullcontext
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +30,7 @@ from gannorm.kernels.split import (
     table_grad_kernel,
 )
 
+PLANS = Path(__file__).with_name("plans.json")
 HELD = 65536  # bytes of a statistics set, in the dtype of the statistics, that registers hold
 TILE = 16384  # bytes, the same way, that a program of a split set handles at a time
 LINE = 64  # elements that neighbouring threads should find next to each other
@@ -53,6 +56,27 @@ class Plan(NamedTuple):
     cut: bool = False  # a tile is less than a plane
 
 
+class Bounds(NamedTuple):
+    """What `plan` goes by: the constants above, or what `benchmarks.tune` found to be faster."""
+
+    held: int
+    tile: int
+    waves: int
+    warps: float  # times the formula's
+
+
+def bounds_key(batch: bool, planes: int, size: int, itemsize: int, channels_last: bool) -> str:
+    """Which sets a line of plans.json is for."""
+    kind, layout = ("batch" if batch else "sample"), ("last" if channels_last else "first")
+    return f"{kind} {planes}x{size} {8 * itemsize} bits channels {layout}"
+
+
+@cache
+def tuned() -> dict[str, dict[str, list[float]]]:
+    """plans.json: by the GPU's name and `bounds_key`, the bounds."""
+    return json.loads(PLANS.read_text(encoding="utf-8")) if PLANS.exists() else {}
+
+
 @lru_cache(maxsize=4096)
 def plan(
     batch: bool,  # statistics across the batch, else inside each sample
@@ -64,22 +88,25 @@ def plan(
     channels_last: bool = False,
     given: bool = False,  # statistics are given: every element is on its own
     processors: int = 132,
+    bounds: Bounds | None = None,
 ) -> Plan:
     """The plan for sets of `planes` planes of `size` elements."""
+    held_bytes, tile_bytes, waves, factor = bounds or Bounds(HELD, TILE, WAVES, 1.0)
     rounded = triton.next_power_of_2
     # Neighbouring elements in memory: of a plane, or of the channels.
     run = 1 if channels_last and batch else planes if channels_last else size
     tile = rounded(planes) * rounded(size)
     group, limit = 1, rounded(sets)
     while group < limit and (group * run < LINE or tile * group < 1024):
-        if tile * group * 2 * itemsize > HELD:
+        if tile * group * 2 * itemsize > held_bytes:
             break
         group *= 2
-    held = not given and tile * group * itemsize <= HELD and (group * run >= 32 or group == limit)
+    side_by_side = group * run >= 32 or group == limit
+    held = not given and tile * group * itemsize <= held_bytes and side_by_side
     if held:
         block_p, block_s = rounded(planes), rounded(size)
     else:
-        room = TILE // itemsize
+        room = tile_bytes // itemsize
         group = 1
         while group < limit and group * run < LINE:
             group *= 2
@@ -90,13 +117,14 @@ def plan(
             block_s = min(rounded(size), max(room // group // block_p, 1))
     even = planes % block_p == 0 and sets % group == 0 and size % block_s == 0
     warps = max(1, min(16 if held else 8, block_p * group * block_s * itemsize // 2048))
+    warps = max(1, min(16, int(warps * factor)))
     blocks = triton.cdiv(sets, group) * (1 if batch else samples)
     if held:
         return Plan(True, block_p, group, block_s, even, warps, blocks)
     cut = block_s < size
     tiles = triton.cdiv(size, block_s) if cut else triton.cdiv(planes, block_p)
     rows = triton.cdiv(planes, block_p) if cut else 1
-    loops = max(1, min(tiles, tiles * rows * blocks // (WAVES * processors)))
+    loops = max(1, min(tiles, tiles * rows * blocks // (waves * processors)))
     parts = triton.cdiv(tiles, loops) if cut else 1
     chunks = rows * parts if cut else triton.cdiv(tiles, loops)
     return Plan(False, block_p, group, block_s, even, warps, blocks, chunks, loops, parts, cut)
@@ -126,6 +154,12 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132  # an H100's
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _bounds(device: torch.device, key: str) -> Bounds | None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    found = tuned().get(name, {}).get(key)
+    return None if found is None else Bounds(int(found[0]), int(found[1]), int(found[2]), found[3])
 
 
 _runners: dict[Any, Any] = {}
@@ -178,13 +212,17 @@ class _Call(NamedTuple):
 @lru_cache(maxsize=4096)
 def _call(
     shape: tuple[int, int, int], stride: tuple[int, int, int], strides: tuple[int, int, int],
-    dtype: torch.dtype, groups: int, rows: int, given: bool, processors: int,
+    dtype: torch.dtype, groups: int, rows: int, given: bool, device: torch.device,
 ) -> _Call:  # fmt: skip
     n, c, size = shape
     planes, sets = (c // groups, groups) if groups else (n, c)
     double = dtype == torch.float64
     last = strides[1] == 1 and c > 1
-    chosen = plan(not groups, n, planes, sets, size, 8 if double else 4, last, given, processors)
+    itemsize = 8 if double else 4
+    chosen = plan(
+        not groups, n, planes, sets, size, itemsize, last, given, _processors(device),
+        _bounds(device, bounds_key(not groups, planes, size, itemsize, last)),
+    )  # fmt: skip
     stat_shape = (n, groups) if groups else (c,)
     return _Call(
         chosen, strides, (*stride, *strides), (n, rows, c), stat_shape,
@@ -199,8 +237,7 @@ def _prepare(
     table = bias if weight is None else weight
     rows = 1 if table is None else table.shape[0]
     return _call(
-        x.shape, x.stride(), dense_strides(x), x.dtype, spec.groups, rows, given,
-        _processors(x.device),
+        x.shape, x.stride(), dense_strides(x), x.dtype, spec.groups, rows, given, x.device
     )  # fmt: skip
 
 
