@@ -216,7 +216,7 @@ def scripted(monkeypatch, values: list[float]) -> None:
     found = iter(values)
     monkeypatch.setattr(
         ClassConditional, "evaluate",
-        lambda self, generators, brief=False: {"fid": 0.0 if brief else next(found)},
+        lambda self, generators, brief=False: Judged({"fid": 0.0 if brief else next(found)}),
     )  # fmt: skip
 
 
