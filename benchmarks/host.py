@@ -5,7 +5,7 @@
 Forward and backward of small inputs on the Triton path, on a machine with or without a GPU: the
 kernels are compiled for sm_90, and Triton's driver is one whose launches return at once. What
 remains is what the host does before a kernel can start: checks, autograd, plans, allocations and
-Triton's own dispatch. Beside it torch's own operations on the same tensors, which do their
+looking up the compiled kernel. Beside it torch's own operations on the same tensors, which do their
 arithmetic too (a few microseconds at this size).
 
 The parts are measured in a second pass, by clocks around the functions in SPANS; a clock's own
@@ -44,7 +44,7 @@ SPANS: dict[str, list[tuple[str, str]]] = {
     "Function.apply": [("gannorm.autograd", "NormFunction.apply")],
     "autograd's backward": [("torch.autograd", "grad")],
     "launch preparation": [("gannorm.kernels", "forward"), ("gannorm.kernels", "backward")],
-    "Triton's dispatch": [("triton.runtime.jit", "JITFunction.run")],
+    "launches": [("gannorm.kernels.launch", "_launch")],
     "allocation": [
         ("torch", name) for name in ("empty", "empty_like", "empty_strided", "zeros", "zeros_like")
     ]
@@ -148,7 +148,8 @@ def _median(run: Callable[[], None], repeats: int) -> float:
 
 
 def parts(run: Callable[[], None], repeats: int) -> tuple[dict[str, float], list[str]]:
-    """Median microseconds of one call by part, and the functions of SPANS that do not exist."""
+    """Median microseconds of one call by part; the functions of SPANS that do not exist, and the
+    parts that no call came through."""
     clock, missing, patches = Clock(), [], []
     for label, places in SPANS.items():
         for module, path in places:
@@ -174,6 +175,7 @@ def parts(run: Callable[[], None], repeats: int) -> tuple[dict[str, float], list
                 samples.setdefault(label, []).append(ns / 1000)
     finally:
         mock.patch.stopall()
+    missing += [label for label in SPANS if label not in samples]
     return {label: statistics.median(us) for label, us in samples.items()}, missing
 
 

@@ -32,16 +32,17 @@ from tqdm import tqdm
 
 from benchmarks import cases, peers, plot, timing
 from benchmarks.cases import Case, Tensors
+from gannorm.errors import RequestError, answering_requests
 
 DIRECTIONS = ("forward", "both")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    timing.check_device(args.device)
     todo, growing = select(args)
     if not todo and not growing:
-        print(f"--only {args.only}: no case has this in its name", file=sys.stderr)
-        return 2
+        raise RequestError(f"--only {args.only}: no case has this in its name")
     refused = check(todo + growing, args.device)
     result = timing.environment(args.device) | {
         "copy_gbps": timing.copy_bandwidth(args.device, args.quick),
@@ -231,13 +232,15 @@ def growth(growing: list[Case], args: argparse.Namespace) -> dict[str, Any]:
 
     largest_jump: time over time divided by pixels over pixels of neighbouring sizes; 1 is linear.
     """
-    times: dict[str, list[float]] = {"ours": [], "eager": []}
+    timed: dict[str, list[dict[str, float]]] = {"ours": [], "eager": []}
     for case in tqdm(growing, desc="growth", unit="size"):
         t = cases.tensors(case, args.device)
         runs, failed = contestants(case, t, "both", compiled=False)
-        found = clocked(runs, failed, args.device, 0.05 if args.quick else 3.0)
-        for who, us in times.items():
-            us.append(found[who][plot.main_protocol(found[who])])
+        clock = clocked(runs, failed, args.device, 0.05 if args.quick else 3.0)
+        for who, by_protocol in timed.items():
+            by_protocol.append(clock[who])
+    protocol = plot.shared_protocol([*timed["ours"], *timed["eager"]]) if growing else ""
+    times = {who: [t[protocol] for t in by_size] for who, by_size in timed.items()}
     pixels = [c.shape[2] * c.shape[3] for c in growing]
     jumps = {
         who: [
@@ -295,4 +298,5 @@ def table(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with answering_requests():
+        sys.exit(main())

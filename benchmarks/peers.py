@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import EPS, SLOPE, Case, Tensors, epilogue
+from benchmarks.cases import EPS, Case, Tensors, epilogue
 
 PACKAGES = (
-    "flag-gems", "liger-kernel", "quack-kernels", "nvidia-cudnn-frontend", "inplace-abn",
+    "flag-gems", "liger-kernel", "quack-kernels", "nvidia-cudnn-frontend",
 )  # fmt: skip
 
 
@@ -118,19 +118,6 @@ def _cudnn(case: Case, t: Tensors) -> Peer:
     return Peer(run, differentiable=False)
 
 
-def _inplace_abn(case: Case, t: Tensors) -> Peer:
-    """Batch norm and leaky ReLU that overwrite their input: x is copied where it is checked."""
-    layer_class = import_module("inplace_abn").InPlaceABN
-    layer = layer_class(case.shape[1], eps=EPS, activation="leaky_relu", activation_param=SLOPE)
-    layer = layer.to(t.x.device)
-    assert t.weight is not None and t.bias is not None
-    with torch.no_grad():
-        layer.weight.copy_(t.weight)
-        layer.bias.copy_(t.bias)
-    scratch = t.x.detach().clone()
-    return Peer(functools.partial(layer, scratch), differentiable=False)
-
-
 def build(case: Case, t: Tensors) -> dict[str, Callable[[], Peer]]:
     """How to build the installed peers that can run this case; on a GPU only."""
     if t.x.device.type != "cuda":
@@ -141,9 +128,6 @@ def build(case: Case, t: Tensors) -> dict[str, Callable[[], Peer]]:
         "liger-kernel": (case.op == "group" and nchw, _liger),
         "quack-kernels": (case.op == "instance" and nchw, _quack),
         "nvidia-cudnn-frontend": (case.op == "instance", _cudnn),
-        "inplace-abn": (
-            case.op == "batch" and case.epilogue == "leaky_relu" and nchw, _inplace_abn,
-        ),
     }  # fmt: skip
     here = installed()
     return {

@@ -11,6 +11,11 @@ def main_protocol(times: dict[str, float]) -> str:
     return "graph_cold" if "graph_cold" in times else "wall"
 
 
+def shared_protocol(times: list[dict[str, float]]) -> str:
+    """`main_protocol` of times that are compared with each other: one that all of them have."""
+    return main_protocol(times[0] if all("graph_cold" in t for t in times) else {})
+
+
 def draw(result: dict[str, Any], path: Path) -> str:
     """Write the PNG; what to say about it."""
     import matplotlib

@@ -34,6 +34,7 @@ from benchmarks import timing
 from gannorm import BatchNorm2d, ConditionalBatchNorm2d, GroupNorm, InstanceNorm2d
 from gannorm.config import Config, CycleGANConfig, typed
 from gannorm.data import Batch, batches, build_data
+from gannorm.errors import answering_requests
 from gannorm.norms import NoNorm
 from gannorm.tasks import Task, build_task
 
@@ -197,6 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one round of each config")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     args = parser.parse_args(argv)
+    timing.check_device(args.device)
     todo = [(name, [choice], False) for name, choice in DEFAULTS.items()]
     if args.device == "cuda" and not args.quick:
         todo += [(name, [f"experiment={name}"], True) for name in RECIPES]
@@ -223,4 +225,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with answering_requests():
+        sys.exit(main())

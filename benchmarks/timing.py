@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import gannorm
+from gannorm.errors import RequestError
 
 Run = Callable[[], Any]
 RESULTS = Path(__file__).parent / "results"
@@ -150,6 +151,12 @@ def copy_bandwidth(device: str, quick: bool) -> float:
         copy()
         microseconds = _between_events(copy, None, 20)
     return 2 * size / microseconds / 1000
+
+
+def check_device(device: str) -> None:
+    """Raises RequestError where `device` is "cuda" and there is no GPU."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RequestError("--device cuda: torch finds no GPU here; take --device cpu")
 
 
 def device_name(device: str) -> str:

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from benchmarks import cases, timing
 from benchmarks.cases import Case
-from benchmarks.norms import _directed
-from benchmarks.plot import main_protocol
+from benchmarks.norms import _directed, clocked
+from benchmarks.plot import shared_protocol
 from gannorm import use_backend
 from gannorm.errors import RequestError, answering_requests
 from gannorm.kernels import launch
@@ -52,8 +52,9 @@ def _sets(case: Case) -> tuple[bool, int, int, int]:
 
 
 def key(case: Case) -> str:
-    batch, planes, _, size = _sets(case)
-    return bounds_key(batch, planes, size, 4, case.layout == "channels_last")
+    batch, planes, sets, size = _sets(case)
+    total = sets if batch else sets * case.shape[0]
+    return bounds_key(batch, total, planes, size, 4, case.layout == "channels_last")
 
 
 def candidates(case: Case, processors: int) -> list[Bounds]:
@@ -92,19 +93,16 @@ def tune(case: Case, device: str, device_name: str, seconds: float) -> tuple[Bou
     """The fastest bounds, and how many times faster than the formula's they are."""
     t = cases.tensors(case, device)
     run = _directed(partial(cases.ours, case, t), t, "both")
-    times: dict[Bounds, float] = {}
+    times: dict[Bounds, dict[str, float]] = {}
     for bounds in candidates(case, launch._processors(t.x.device)):
         with under(bounds, device_name, case):
             fault = cases.wrong(case, cases.errors(case, t, partial(cases.ours, case, t)))
             if fault:
                 raise RuntimeError(f"{case} under {bounds}: {fault}")
-            if device == "cuda":
-                found = timing.time_cuda({"ours": run}, {})["ours"]
-            else:
-                found = timing.time_cpu({"ours": run}, seconds)["ours"]
-            times[bounds] = found[main_protocol(found)]
-    best = min(times, key=lambda bounds: times[bounds])
-    return best, next(iter(times.values())) / times[best]
+            times[bounds] = clocked({"ours": run}, {}, device, seconds)["ours"]
+    protocol = shared_protocol(list(times.values()))
+    best = min(times, key=lambda bounds: times[bounds][protocol])
+    return best, next(iter(times.values()))[protocol] / times[best][protocol]
 
 
 def main(argv: list[str] | None = None) -> None:

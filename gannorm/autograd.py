@@ -76,6 +76,23 @@ class _NormBackward(torch.autograd.Function):
         return *(None if t is None else next(found) for t in twins), *([None] * 6)
 
 
+def _composed_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    labels: Tensor | None, stats: Tensor, spec: NormSpec, given: bool,
+) -> Tensors:  # fmt: skip
+    """The first derivatives from torch ops alone, each of which can be batched over dy."""
+    x = x.detach().requires_grad_()
+    weight, bias, residual = (
+        None if t is None else t.detach().requires_grad_() for t in (weight, bias, residual)
+    )
+    leaves = (x, weight, bias, residual)
+    with torch.enable_grad():
+        moments = (stats[0], stats[3]) if given else None
+        y, _ = reference.forward(x, weight, bias, labels, residual, moments, spec)
+    found = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], dy))
+    return tuple(None if t is None else next(found) for t in leaves)
+
+
 class NormFunction(torch.autograd.Function):
     """act((x - mean) * rstd * weight[label] + bias[label] (+ residual)): y, statistics.
 
@@ -107,7 +124,12 @@ class NormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> Tensors:
         x, weight, bias, residual, labels, stats = ctx.saved_tensors
         need_dx, need_dresidual = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        if torch.is_grad_enabled():
+        eager = not torch.compiler.is_compiling()
+        if eager and torch._C._functorch.is_legacy_batchedtensor(dy):  # of is_grads_batched=True
+            dx, dweight, dbias, dresidual = _composed_backward(
+                dy, x, weight, bias, residual, labels, stats, ctx.spec, ctx.given
+            )
+        elif torch.is_grad_enabled():
             dx, dweight, dbias, dresidual = _NormBackward.apply(
                 dy, x, weight, bias, residual, labels, stats,
                 ctx.spec, ctx.backend, ctx.given, need_dx,

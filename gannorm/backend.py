@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from gannorm import native, reference
 from gannorm.errors import RequestError
@@ -61,9 +61,12 @@ def module_for(x: Tensor) -> ModuleType:
     """The module whose `forward` and `backward` serve `x`: `kernels`, `native` or `reference`."""
     name = _backend.get()
     if name == "torch" or x.device.type == "meta" or (name == "auto" and not x.is_cuda):
-        # The compiler fuses the plain composition; only an eager CPU gains from torch's kernels.
-        compiling = torch.compiler.is_compiling()
-        return native if x.device.type == "cpu" and not compiling else reference
+        # The compiler fuses the plain composition; only an eager CPU gains from torch's kernels,
+        # which are chosen by what is in the input: a fake or traced tensor has no values.
+        if torch.compiler.is_compiling() or x.device.type != "cpu":
+            return reference
+        plain = type(x) in (Tensor, Parameter) and not torch._C._len_torch_dispatch_stack()
+        return native if plain else reference
     if name == "auto" and not HAS_TRITON:
         return reference
     if not x.is_cuda and not torch.compiler.is_compiling() and not _runs_on_cpu():
@@ -74,9 +77,3 @@ def module_for(x: Tensor) -> ModuleType:
     from gannorm import kernels
 
     return kernels
-
-
-def transformed() -> bool:
-    """Whether torch.func or forward-mode AD is at work: they take the composition of torch ops."""
-    functorch = torch._C._functorch.maybe_current_level() is not None
-    return functorch or forward_ad._current_level >= 0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gannorm import native, ops, reference
 from gannorm.autograd import NormFunction
-from gannorm.backend import module_for, transformed, use_backend
+from gannorm.backend import module_for, use_backend
 from gannorm.checks import (
     ACTIVATIONS,
     DEGENERATE,
@@ -31,7 +31,7 @@ from gannorm.checks import (
     check_tables,
     check_vector,
 )
-from gannorm.reference import NormSpec, Running
+from gannorm.reference import NormSpec, Running, transformed
 
 __all__ = [
     "batch_norm",
@@ -95,6 +95,7 @@ def _normalize(
         weight, bias, labels = (
             None if t is None else t.contiguous() for t in (weight, bias, labels)
         )
+        given = given and (given[0].contiguous(), given[1].contiguous())
     moved = False
     if by_torch:
         y, stats = reference.forward(rows, weight, bias, labels, residual, given, spec)
@@ -102,7 +103,9 @@ def _normalize(
         mean, var = given or (None, None)
         y, stats = ops.norm(rows, weight, bias, labels, residual, mean, var, *spec)
     else:
-        moved = groups == 0 and (on_kernels and x.dtype != torch.float64 or backend is native)
+        buffers = running[:2] if running else ()
+        dense = all(t is None or t.is_contiguous() for t in buffers) and x.dtype != torch.float64
+        moved = groups == 0 and (on_kernels and dense or backend is native)
         y, stats = NormFunction.apply(
             rows, weight, bias, residual, labels, given, running if moved else None, spec, backend
         )

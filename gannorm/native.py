@@ -111,8 +111,10 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @lru_cache
 def _piece(size: int, planes: int) -> int | None:
     """Into pieces of how many elements to cut planes of `size`, of which a set has `planes`."""
-    found = (d for d in range(PIECE, size + 1) if size % d == 0 and size // d * planes >= PIECES)
-    return max(found, default=None)
+    fewest = -(-PIECES // planes)
+    counts = (k for k in range(fewest, size // PIECE + 1) if size % k == 0)
+    count = next(counts, None)
+    return None if count is None else size // count
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -146,14 +148,17 @@ def _move(running: Running | None, mean: Tensor, var: Tensor, samples: int = 1) 
     if running is None:
         return
     mean, var = (t.view(samples, -1).mean(0) for t in (mean, var))
-    running_mean, running_var, momentum, bessel = running
-    if not math.isfinite(float((mean + var).sum())):
+    *buffers, momentum, bessel = running
+    pairs = [
+        (buffer, new.to(buffer.dtype))
+        for buffer, new in zip(buffers, (mean, var * bessel), strict=True)
+        if buffer is not None
+    ]
+    if not all(math.isfinite(float(new.sum())) for _, new in pairs):
         update_running(running, torch.stack((mean, mean, mean, var)))
         return
-    if running_mean is not None:
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-    if running_var is not None:
-        running_var.lerp_((var * bessel).to(running_var.dtype), momentum)
+    for buffer, new in pairs:
+        buffer.lerp_(new, momentum)
 
 
 def forward(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 
@@ -33,6 +34,13 @@ class NormSpec(NamedTuple):
 
 # Running mean and variance (C,), the share by which they move, biased variance to running one.
 Running = tuple[Tensor | None, Tensor | None, float, float]
+
+
+def transformed() -> bool:
+    """Whether torch.func, forward-mode AD or torch.jit.trace is at work: they take the composition
+    of torch ops, none of them in place."""
+    functorch = torch._C._functorch.maybe_current_level() is not None
+    return functorch or forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -67,7 +75,7 @@ def statistics(x: Tensor, spec: NormSpec) -> tuple[Tensor, Tensor]:
     x: (N, C, S) in the statistics dtype. Returns (4, C) or (4, N, groups), and (N, C, S). The true
     mean is mean + error (Knuth's TwoSum): far from 0 the error is all that a rounded mean gets
     wrong. Squares that float32 cannot hold are taken at 2^-80, so that the scale is right wherever
-    the input is; their variance itself is infinite.
+    the sum over a plane fits; their variance itself is infinite.
     """
     n, c, s = x.shape
     groups = spec.groups
@@ -79,7 +87,7 @@ def statistics(x: Tensor, spec: NormSpec) -> tuple[Tensor, Tensor]:
     mean = first + offset
     part = mean - first
     error = ((first - (mean - part)) + (offset - part)).detach()
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or transformed():
         centred = x - _per_channel(mean, n, c, groups)
     else:
         torch.sub(x, _per_channel(mean, n, c, groups), out=centred)
@@ -110,7 +118,7 @@ def forward(
     """y (N, C, S) in x's dtype, and the statistics that were used (see `statistics`)."""
     n, c, _ = x.shape
     dtype = stat_dtype(x.dtype)
-    inplace = not torch.is_grad_enabled()
+    inplace = not torch.is_grad_enabled() and not transformed()
     wide = x.to(dtype)
     if given is None:
         stats, y = statistics(wide, spec)
@@ -237,4 +245,6 @@ def table_grad(sums: Tensor, table: Tensor | None, labels: Tensor | None) -> Ten
     if labels is None:
         return sums.sum(0, keepdim=True).to(table.dtype)
     grad = sums.new_zeros(table.shape)
-    return grad.index_put_((labels,), sums, accumulate=True).to(table.dtype)  # sorts, on a GPU
+    if sums.is_cuda:  # sorts there; index_add_ would add in any order, as this does on a CPU
+        return grad.index_put_((labels,), sums, accumulate=True).to(table.dtype)
+    return grad.index_add_(0, labels, sums).to(table.dtype)

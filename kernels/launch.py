@@ -7,6 +7,7 @@ negative_slope and residual_after_activation (`gannorm.reference.NormSpec`).
 """
 
 import json
+import math
 from contextlib import nullcontext
 from functools import cache, lru_cache
 from pathlib import Path
@@ -37,6 +38,7 @@ LINE = 64  # elements that neighbouring threads should find next to each other
 WAVES = 8  # programs for each processor of the GPU, at most, that split sets are cut into
 MERGED = 16  # partials for each tile of a chunk, beyond which they are merged once, for 2% less
 MERGED_SETS = 4  # sets that a merging program takes: 32 bytes of float64 side by side
+GRID = 65535  # programs along the second axis of a CUDA grid, at most
 SUMMED_ROWS = 16  # rows of a table whose gradients the programs of a channel add up themselves
 
 
@@ -65,10 +67,13 @@ class Bounds(NamedTuple):
     warps: float  # times the formula's
 
 
-def bounds_key(batch: bool, planes: int, size: int, itemsize: int, channels_last: bool) -> str:
-    """Which sets a line of plans.json is for."""
+def bounds_key(
+    batch: bool, sets: int, planes: int, size: int, itemsize: int, channels_last: bool
+) -> str:
+    """Which sets a line of plans.json is for: so many in all, up to the next power of two."""
     kind, layout = ("batch" if batch else "sample"), ("last" if channels_last else "first")
-    return f"{kind} {planes}x{size} {8 * itemsize} bits channels {layout}"
+    count = triton.next_power_of_2(sets)
+    return f"{kind} {count} of {planes}x{size} {8 * itemsize} bits channels {layout}"
 
 
 @cache
@@ -115,6 +120,9 @@ def plan(
         if channels_last and not batch:  # the channels of a group lie next to each other
             block_p = min(rounded(planes), LINE)
             block_s = min(rounded(size), max(room // group // block_p, 1))
+        # Many samples: fewer, wider rows of tiles, as a grid's second axis is short.
+        while triton.cdiv(planes, block_p) > GRID and 1 < block_s < size:
+            block_p, block_s = 2 * block_p, block_s // 2
     even = planes % block_p == 0 and sets % group == 0 and size % block_s == 0
     warps = max(1, min(16 if held else 8, block_p * group * block_s * itemsize // 2048))
     warps = max(1, min(16, int(warps * factor)))
@@ -219,14 +227,15 @@ def _call(
     double = dtype == torch.float64
     last = strides[1] == 1 and c > 1
     itemsize = 8 if double else 4
+    stat_shape = (n, groups) if groups else (c,)
+    key = bounds_key(not groups, math.prod(stat_shape), planes, size, itemsize, last)
     chosen = plan(
         not groups, n, planes, sets, size, itemsize, last, given, _processors(device),
-        _bounds(device, bounds_key(not groups, planes, size, itemsize, last)),
+        _bounds(device, key),
     )  # fmt: skip
-    stat_shape = (n, groups) if groups else (c,)
     return _Call(
         chosen, strides, (*stride, *strides), (n, rows, c), stat_shape,
-        (planes, sets, size, n * groups if groups else c),
+        (planes, sets, size, math.prod(stat_shape)),
         _statistics_dtype(dtype), tl.float64 if double else tl.float32,
     )  # fmt: skip
 
@@ -333,7 +342,8 @@ def backward(
         for table in (dweight, dbias):
             if table is not None:
                 table.zero_()
-        return dy, dweight, dbias, dy
+        # New tensors: a custom op's outputs may not be its inputs.
+        return torch.empty_like(dy), dweight, dbias, torch.empty_like(dy)
     call = _prepare(x, weight, bias, spec, given)
     p = call.plan
     dy = _dense(dy, call.strides)

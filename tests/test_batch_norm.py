@@ -83,6 +83,31 @@ def test_non_finite_batches_never_enter_the_running_statistics(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("labels", [None, torch.zeros(3, dtype=torch.int64)])
+def test_nor_does_what_their_dtype_cannot_hold(backend, labels):
+    x, mean, var = torch.randn(3, 2, 4) * 1000, torch.zeros(2).half(), torch.ones(2).half()
+    x[:, 1] /= 1000
+    with use_backend(backend):
+        if labels is None:
+            G.batch_norm(x, mean, var, training=True)
+        else:
+            G.conditional_batch_norm(x, labels, mean, var, None, None, True)
+    assert mean[0] == 0 and var[0] == 1 and mean[1] != 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_running_statistics_may_be_columns(backend):
+    x, table = torch.randn(4, 3, 8, 8), torch.rand(3, 2)
+    expected = table.clone()
+    with use_backend(backend):
+        y = G.batch_norm(x, table[:, 0], table[:, 1])
+        torch.testing.assert_close(y, F.batch_norm(x, expected[:, 0], expected[:, 1]))
+        G.batch_norm(x, table[:, 0], table[:, 1], training=True)
+    F.batch_norm(x, expected[:, 0], expected[:, 1], training=True)
+    torch.testing.assert_close(table, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_value_per_channel(backend):
     x, bias = torch.randn(1, 3, 1, 1), torch.tensor([1.0, -2.0, 3.0])
     with use_backend(backend):
@@ -104,6 +129,22 @@ def test_same_input_same_bits(backend):
 
     with use_backend(backend):
         assert all(torch.equal(p, q) for p, q in zip(run(), run(), strict=True))
+
+
+def test_threads_add_a_table_up_in_one_order():
+    """64 x 512 sums are enough for several threads."""
+    torch.manual_seed(0)
+    x, w, labels = leaf(64, 512, 2, 2), leaf(4, 512), torch.randint(4, (64,))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        y = G.conditional_batch_norm(x, labels, None, None, w, w, True)
+        first, *others = [
+            torch.autograd.grad(y, w, torch.ones_like(y), retain_graph=True)[0] for _ in range(20)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -15,6 +15,7 @@ import torch
 from benchmarks import cases, norms, step, timing
 from benchmarks.cases import Case
 from gannorm import functional
+from gannorm.errors import RequestError
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -90,9 +91,15 @@ def test_a_wrong_op_is_refused(tmp_path: Path):
     assert {c["op"] for c in found["cases"]} == {"batch", "conditional_batch"}
 
 
-def test_an_unknown_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert norms.main(["--quick", "--only", "spectral", "--out", str(tmp_path / "x.json")]) == 2
-    assert "--only spectral" in capsys.readouterr().err
+def test_refused_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = ["--quick", "--out", str(tmp_path / "x.json")]
+    with pytest.raises(RequestError, match="--only spectral"):
+        norms.main([*out, "--only", "spectral"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in (norms.main, step.main):
+        with pytest.raises(RequestError, match="no GPU here; take --device cpu"):
+            command([*out, "--device", "cuda"])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("direction", ["y", "dx", "dweight", "dbias", "dresidual"])

@@ -120,6 +120,14 @@ PUBLISHED = [
 ]
 
 
+@pytest.mark.parametrize(
+    "case", [(70000, 70000, 3, 5120, False), (70000, 70000, 64, 81, True)], ids=str
+)
+def test_many_samples_fit_the_grid(case):
+    p = plan(True, *case[:4], 4, case[4])
+    assert p.chunks <= 65535 and p.chunks * p.loops * p.block_p * p.block_s >= case[1] * case[3]
+
+
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("itemsize", [4, 8])
 @pytest.mark.parametrize("case", PUBLISHED, ids=str)

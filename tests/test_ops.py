@@ -7,6 +7,8 @@ import pytest
 import torch
 from parity import close, leaf
 from torch import library
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import gannorm
@@ -176,3 +178,57 @@ def test_torch_func_and_forward_mode(backend, op):
             dual = torch.autograd.forward_ad.make_dual(x, t)
             tangent = torch.autograd.forward_ad.unpack_dual(ours(dual)).tangent.clone()
     close(tangent, func.jvp(theirs, (x,), (t,))[1], 1e-10)
+    with use_backend(backend), torch.no_grad():
+        close(func.vmap(ours)(many), torch.stack([theirs(m) for m in many]), 1e-10)
+        close(func.jvp(ours, (x,), (t,))[1], tangent, 1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_many_outputs_at_once(backend, dtype):
+    x, r = (leaf(4, 6, 3, 3, dtype=dtype) for _ in range(2))
+    w = leaf(3, 6, dtype=torch.float32)
+    with use_backend(backend):
+        y = G.conditional_batch_norm(
+            x, LABELS, None, None, w, None, True, activation="relu", residual=r
+        )
+    dy = torch.randn(3, *y.shape, dtype=dtype)
+    together = torch.autograd.grad(y, (x, w, r), dy, is_grads_batched=True, retain_graph=True)
+    for k, one in enumerate(dy):
+        for a, b in zip(
+            together, torch.autograd.grad(y, (x, w, r), one, retain_graph=True), strict=True
+        ):
+            close(a[k], b, 5e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_for_every_sample_and_label(backend):
+    def loss(w, x, y):
+        return G.conditional_instance_norm(x[None], y[None], w, w).pow(3).sum()
+
+    w, x = torch.randn(3, 6), torch.randn(4, 6, 3, 3)
+    with use_backend(backend):
+        found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(w, x, LABELS)
+        for k in range(4):
+            close(found[k], torch.func.grad(loss)(w, x[k], LABELS[k]), 1e-5)
+
+
+@pytest.mark.parametrize("op", TWINS)
+def test_inputs_without_values(op):
+    """Fake tensors, make_fx and torch.jit.trace: nothing may depend on what is in the input."""
+    ours, x = TWINS[op][0], torch.randn(4, 6, 3, 3)
+    with FakeTensorMode() as fake:
+        assert ours(fake.from_tensor(x)).shape == x.shape
+    close(make_fx(lambda x: ours(x))(torch.randn(4, 6, 3, 3))(x), ours(x), 1e-5)
+    with torch.no_grad():
+        close(torch.jit.trace(lambda x: ours(x), torch.randn(4, 6, 3, 3))(x), ours(x), 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_empty_batch_has_gradients(backend):
+    torch._dynamo.reset()
+    x = leaf(0, 6, 3, 3, dtype=torch.float32)
+    with use_backend(backend):
+        norm = torch.compile(G.instance_norm, backend="aot_eager")
+        (dx,) = torch.autograd.grad(norm(x).sum(), x)
+    assert dx.shape == x.shape

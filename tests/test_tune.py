@@ -43,8 +43,9 @@ def test_the_table_decides_the_plan_of_its_kind_of_set_alone(no_table, monkeypat
         with tune.under(Bounds(0, 128, 4, 1.0), NAME, CASE):
             torch.testing.assert_close(G.instance_norm(x), expected)
             G.instance_norm(x[:, :, :8])
+            G.instance_norm(x[:1])
         G.instance_norm(x)
-    assert [p.held for p in plans] == [True, False, True, True]
+    assert [p.held for p in plans] == [True, False, True, True, True]
     assert no_table == {NAME: {}}
 
 
@@ -61,10 +62,20 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     out = tmp_path / "plans.json"
     tune.main(["--quick", "--out", str(out)])
     ((name, lines),) = json.loads(out.read_text()).items()
-    assert name == NAME and list(lines) == ["sample 1x256 32 bits channels first"]
+    assert name == NAME and list(lines) == ["sample 8 of 1x256 32 bits channels first"]
     assert list(lines) == [tune.key(CASE)]
     assert Bounds(*lines[tune.key(CASE)]) in tune.candidates(CASE, 132)
     assert "x the formula's speed" in capsys.readouterr().out
+
+
+def test_times_are_compared_under_one_protocol(monkeypatch):
+    """The formula's replay could not be measured: neither is the others' taken."""
+    times = [{"wall": 60.0}] + [{"wall": 59.0, "graph_cold": 12.0}] * 50
+    found = iter(times)
+    monkeypatch.setattr(tune, "clocked", lambda *_: {"ours": next(found)})
+    with use_backend("triton"):
+        _, gain = tune.tune(CASE, DEVICE, NAME, 0.0)
+    assert gain == 60 / 59
 
 
 def test_refused(monkeypatch):
