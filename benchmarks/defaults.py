@@ -10,6 +10,7 @@ nothing with the classifier that the training's own figures come from.
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -19,12 +20,15 @@ import torch
 from sklearn.svm import SVC
 from torch import Tensor
 
+from benchmarks.norm_study import flat
+from gannorm import checkpoint
 from gannorm.data import Source, build_data, fetch_all
 from gannorm.errors import RequestError, answering_requests
 from gannorm.inference import load_task
 from gannorm.metrics.evaluation import in_chunks
 from gannorm.tasks import ClassConditional, CycleGAN
 
+FREE = ("seed", "resume", "data.num_workers", "norm.backend", "metrics.cache")  # may differ
 SAMPLES = 1000  # of a class-conditional generator
 WAYS = {"AtoB": ("G_A", 0, 1), "BtoA": ("G_B", 1, 0)}  # generator, its domain, the other
 # Key in `quality`, what to call it, how it is written.
@@ -109,17 +113,33 @@ def table(runs: dict[str, list[Figures]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Print the table of all finished runs below the folders.
 
+    Runs without labels are left out.
+
     Raises:
-        RequestError: there is none.
+        RequestError: there is none, or runs of one name that differ in more than their seed.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.defaults", description=__doc__)
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("outputs")])
     arguments: Any = parser.parse_args(argv)
     runs: dict[str, list[Figures]] = {}
+    first: dict[str, tuple[Path, dict[str, Any]]] = {}
     for top in arguments.folders:
         for path in sorted(top.rglob("summary.json")):
-            model = path.parent.parent.name
-            runs.setdefault(model, []).append(figures(path.parent))
+            folder = path.parent
+            name = folder.parent.name
+            config = flat(checkpoint.load(checkpoint.resolve(folder))["config"])
+            if not build_data(load_task(folder).cfg.data).num_classes:
+                print(f"without labels, left out: {folder}", file=sys.stderr)
+                continue
+            other, expected = first.setdefault(name, (folder, config))
+            for key in sorted(config.keys() | expected.keys()):
+                a, b = expected.get(key), config.get(key)
+                if a != b and key not in FREE:
+                    raise RequestError(
+                        f"{other} and {folder} are no runs of one configuration: {key} is {a} and "
+                        f"{b}; name the folders of one, or leave one out"
+                    )
+            runs.setdefault(name, []).append(figures(folder))
     if not runs:
         names = ", ".join(map(str, arguments.folders))
         raise RequestError(f"no finished run (summary.json) below {names}")

@@ -22,13 +22,14 @@ from omegaconf import OmegaConf
 from benchmarks.timing import device_name
 from gannorm.errors import RequestError, answering_requests
 from gannorm.metrics.best import average
-from gannorm.study import FOLDER, Member, members
+from gannorm.study import FOLDER, LOSS, Member, members
 
 SEEDS = (0, 1, 2)
 COMMANDS = """\
 python train.py -m seed=0,1,2 'study=glob(*)'
 python -m benchmarks.norm_study"""
-OWN = ("seed", "resume", "norm.", "trainer.", "metrics.cache")  # keys that may differ
+# Keys that may differ.
+OWN = ("seed", "resume", "norm.", "trainer.", "metrics.cache", "data.batch_size")
 TITLES = {"cyclegan": "CycleGAN", "resblock_gan": "Class-conditional ResBlock GAN"}
 
 
@@ -179,16 +180,23 @@ def _why_absent(folder: Path) -> str:
 
 
 def _check_comparable(runs: list[Run]) -> None:
-    """Of one model: all alike but for what the study varies, and of one length for a batch size."""
+    """Of one model: all alike but for what the study varies; of a batch size, as long, and
+    evaluated as often."""
+    every = "trainer.eval_every"
     for run in runs[1:]:
-        same = next(other for other in runs if other.batch_size == run.batch_size)
-        pairs = [("steps", same.summary["steps"], run.summary["steps"])]
-        one, two = flat(same.config), flat(run.config)
-        pairs += [(key, one.get(key), two.get(key)) for key in sorted(one.keys() | two)]
-        for key, a, b in pairs:
-            if a != b and not key.startswith(OWN):
+        near = next(other for other in runs if other.batch_size == run.batch_size)
+        one, two, beside = flat(runs[0].config), flat(run.config), flat(near.config)
+        pairs = [
+            (runs[0], key, one.get(key), two.get(key))
+            for key in sorted(one.keys() | two)
+            if not key.startswith(OWN)
+        ]
+        pairs.append((near, "steps", near.summary["steps"], run.summary["steps"]))
+        pairs.append((near, every, beside[every], two[every]))
+        for other, key, a, b in pairs:
+            if a != b:
                 raise RequestError(
-                    f"{same.folder} and {run.folder} cannot be compared: {key} is {a} and {b}; "
+                    f"{other.folder} and {run.folder} cannot be compared: {key} is {a} and {b}; "
                     "train them alike, or leave one out"
                 )
 
@@ -353,8 +361,9 @@ def report(runs: Runs, absent: list[str], pictures: dict[str, list[Path]], out: 
     parts = [
         "# Norm study",
         fill(
-            "Every norm in both tasks, on the embedded data, with the models' own configurations; "
-            "only the norm, the batch size and the length differ. Made by"
+            "Every norm in both tasks, on the embedded data, with the models' own configurations "
+            "but for the norm, the batch size, the length and the loss "
+            f"({', '.join(f'{TITLES[model]}: {loss}' for model, loss in LOSS.items())}). Made by"
         ),
         f"```bash\n{COMMANDS}\n```",
         fill(

@@ -137,7 +137,7 @@ def _check_labels(labels: Tensor, x: Tensor, rows: int | None, op: str) -> None:
 
 
 def check_plane(x: Tensor, op: str) -> None:
-    if x.dim() > 2 and x[:1].numel() and math.prod(x.shape[2:]) == 1:
+    if x.dim() > 2 and math.prod(x.shape[2:]) == 1 and x.numel():
         raise ValueError(
             f"{op}: one value per plane has no variance (input of shape {tuple(x.shape)}, "
             "H*W = 1); use a larger image, fewer downsamplings, or another norm"

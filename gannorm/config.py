@@ -288,6 +288,8 @@ def explain_composition(error: Exception, conf: Path) -> str:
 
 def _check_ranges(cfg: Config) -> None:
     """Refuse values that no run can work with, by their full name."""
+    if not 0 <= cfg.seed < 2**32:
+        raise RequestError(f"seed={cfg.seed} must lie in 0..{2**32 - 1}")
     positive = {
         "trainer.steps", "trainer.log_every", "trainer.sample_every", "trainer.eval_every",
         "trainer.checkpoint_every", "trainer.keep_checkpoints", "data.batch_size",

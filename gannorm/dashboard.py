@@ -106,7 +106,9 @@ class Dashboard:
         for way, (reference, seen) in judged.seen.items():
             name = way.removeprefix("_") or "samples"
             if seen.labels is not None and seen.read is not None:
-                self.writer.add_figure(f"confusion/{name}", confusion(seen), step)
+                self.writer.add_figure(
+                    f"confusion/{name}", confusion(seen, self.task.num_classes or 0), step
+                )
             if way not in self.curves:
                 self.curves[way] = _curve(reference, reference.held_out)
             for tag, curve in ((name, _curve(reference, seen)), (f"{name}_real", self.curves[way])):
@@ -153,34 +155,33 @@ def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
     """Of the scalars `tags`, what the Custom Scalars tab shows: category, chart, its lines.
 
     A chart of quality has the averaged generator, the trained one and the floor; untranslated
-    images too, but for distances, which they would dwarf.
+    images too, but for distances, which they would dwarf. A chart's lines are the same in every run
+    that has it: TensorBoard shows runs together where they are.
     """
-    tags = sorted(tags)
+    tags = list(tags)
     charts: dict[str, dict[str, list[str]]] = {category: {} for category in CHARTS}
     for figure in QUALITY:
         for name in (figure, f"{figure}_AtoB", f"{figure}_BtoA"):
             lines = [f"quality/{name}", f"quality_raw/{name}", f"reference/{name}_real"]
             if figure in HIGHER_IS_BETTER:
                 lines.append(f"reference/{name}_untranslated")
-            charts["quality"][name] = [line for line in lines if line in tags]
+            charts["quality"][name] = lines
     for category, patterns in CHARTS.items():
-        for title, pattern in patterns.items():
-            charts[category][title] = [tag for tag in tags if re.fullmatch(pattern, tag)]
+        charts[category] |= {title: [pattern] for title, pattern in patterns.items()}
     shown = {
         category: {
-            title: ["Multiline", [f"^{re.escape(tag)}$" for tag in found]]
-            for title, found in by_title.items()
-            if found
+            title: ["Multiline", [f"^{line}$" for line in lines]]
+            for title, lines in by_title.items()
+            if any(re.fullmatch(line, tag) for line in lines for tag in tags)
         }
         for category, by_title in charts.items()
     }
     return {category: by_title for category, by_title in shown.items() if by_title}
 
 
-def confusion(seen: Seen) -> Figure:
+def confusion(seen: Seen, classes: int) -> Figure:
     """A heat map: class asked for x class that the classifier of real images reads, in percent."""
     assert seen.labels is not None and seen.read is not None
-    classes = seen.logits.shape[1]
     asked, read = seen.labels.cpu(), seen.read.cpu()
     figure = Figure(figsize=(5, 4.2))
     ConfusionMatrixDisplay.from_predictions(

@@ -89,15 +89,21 @@ def measure(probes: Mapping[str, Probe]) -> dict[str, float]:
 
 
 def balance_faults(figures: Mapping[str, float]) -> dict[str, str]:
-    """Faults in the figures of the losses (`balance/...`)."""
+    """Faults in the figures of the losses (`balance/...`).
+
+    A discriminator of pairs may have all of them in order while the generator learns: that it wins
+    outright shows in the generator's gradient alone.
+    """
     faults = {"discriminator_wins": "", "discriminator_loses": "", "vanishing_gradient": ""}
-    for key in figures:
-        if not key.endswith("_real_right"):
+    for key, real in figures.items():
+        name, _, side = key.removeprefix("balance/").removesuffix("_right").rpartition("_")
+        if not key.endswith("_right") or side == "fake":
             continue
-        name = key.removeprefix("balance/").removesuffix("_real_right")
-        real, fake = figures[key], figures[f"balance/{name}_fake_right"]
+        fake = figures.get(f"balance/{name}_fake_right", real)
         said = f"{name} judges {real:.1%} of real and {fake:.1%} of generated images right"
-        if min(real, fake) > WINS:
+        if side == "pairs":
+            said = f"{name} has {real:.1%} of the pairs of real and generated images in order"
+        elif min(real, fake) > WINS:
             faults["discriminator_wins"] = (
                 f"the discriminator wins outright ({said}): lower optim.lr_d, or set loss.r1, "
                 "loss.diffaugment"

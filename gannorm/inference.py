@@ -83,7 +83,7 @@ def sample(
             images = task.averaged["G"](noise.to(task.device), labels.to(task.device))
             for number, image, k in zip(numbers.tolist(), images, labels.tolist(), strict=True):
                 if number < count:
-                    to_image(image).save(out / f"class{k}_seed{seed}_{number:05d}.png")
+                    _write(image, out / f"class{k}_seed{seed}_{number:05d}.png")
                     bar.update()
     print(f"{count} images in {out}")
 
@@ -127,12 +127,17 @@ def translate(path: Path, source: Path, target: Path, direction: str) -> None:
                 continue
             written = target / name
             written.parent.mkdir(parents=True, exist_ok=True)
-            partial = written.with_suffix(".partial")
-            to_image(_any_size(net, image.to(task.device), multiple)).save(partial, format="PNG")
-            os.replace(partial, written)
+            _write(_any_size(net, image.to(task.device), multiple), written)
     print(f"{len(names) - len(unreadable)} images in {target}")
     if unreadable:
         raise RequestError(f"{len(unreadable)} of {len(names)} not translated: {unreadable[0]}")
+
+
+def _write(image: Tensor, path: Path) -> None:
+    """A PNG that is never there by half."""
+    partial = path.with_suffix(".partial")
+    to_image(image).save(partial, format="PNG")
+    os.replace(partial, path)
 
 
 def _any_size(net: torch.nn.Module, image: Tensor, multiple: int) -> Tensor:

@@ -8,6 +8,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from gannorm import study
 from gannorm.config import Config, explain_composition, typed
 from gannorm.data import build_data
 from gannorm.errors import RequestError
@@ -64,6 +65,7 @@ def _of_config(overrides: list[str]) -> Task:
 
 
 def _composed(overrides: list[str]) -> DictConfig:
+    study.register()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return compose("config", overrides)

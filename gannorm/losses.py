@@ -53,13 +53,13 @@ def generator_loss(fake: Tensor, kind: str, real: Tensor | None = None) -> Tenso
     return -fake.mean()
 
 
-def judged_right(real: Tensor, fake: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """The shares of real and of fake logits on their own side; of pairs in order where PAIRED."""
+def judged_right(real: Tensor, fake: Tensor, kind: str) -> dict[str, Tensor]:
+    """The shares of `real` and of `fake` logits on their own side; of `pairs` in order where
+    PAIRED."""
     if kind in PAIRED:
-        pairs = (real > fake).float().mean()
-        return pairs, pairs
+        return {"pairs": (real > fake).float().mean()}
     middle = 0.5 if kind == "lsgan" else 0.0
-    return (real > middle).float().mean(), (fake < middle).float().mean()
+    return {"real": (real > middle).float().mean(), "fake": (fake < middle).float().mean()}
 
 
 def input_gradients(logits: Sequence[Tensor], images: Sequence[Tensor]) -> list[Tensor]:

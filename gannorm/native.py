@@ -24,10 +24,12 @@ from gannorm import reference
 from gannorm.reference import NormSpec, Running, finish, table_rows, update_running
 
 PIECE = 64  # elements at least, or group norm is the slower one
-PIECES = 16  # of a set at least, or group norm is the less exact one
+LONGEST = 4096  # elements at most,
+PIECES = 8  # and pieces of a set at least, or group norm is the less exact one
 FAR = 8.0  # |mean| / std beyond which torch's arithmetic is left
 
 aten = torch.ops.aten
+unsafe_view = aten._unsafe_view.default
 
 
 def _usable(x: Tensor) -> bool:
@@ -86,7 +88,7 @@ def norm(
     _move(running, mean, var, n if spec.groups else 1)
     y = _BatchNorm.apply(rows, weight, bias, (out, mean, rstd), spec.eps)
     if spec.groups:
-        y = aten._unsafe_view(y, x.shape)  # no view: in place on one autograd copies
+        y = unsafe_view(y, x.shape)  # no view: in place on one autograd copies
     return finish(y, residual, spec, True)
 
 
@@ -102,16 +104,17 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     pieces = x.view(1, count, piece)
     out, means, rstds = torch.native_group_norm(pieces, None, None, 1, count, piece, count, 0.0)
     means, variances = (t.view(n, c, -1).double() for t in (means, rstds))
-    variances = variances.pow_(-2)
+    squares = variances.pow_(-2).addcmul_(means, means)
     mean = means.mean((0, 2))
-    variances += (means - mean.unsqueeze(1)).square_()
-    return aten._unsafe_view(out, x.shape), mean, variances.mean((0, 2))
+    # In float64 nothing that is in reach cancels.
+    out = unsafe_view(out, x.shape)
+    return out, mean, squares.mean((0, 2)).addcmul_(mean, mean, value=-1)
 
 
 @lru_cache
 def _piece(size: int, planes: int) -> int | None:
     """Into pieces of how many elements to cut planes of `size`, of which a set has `planes`."""
-    fewest = -(-PIECES // planes)
+    fewest = max(-(-PIECES // planes), -(-size // LONGEST))
     counts = (k for k in range(fewest, size // PIECE + 1) if size % k == 0)
     count = next(counts, None)
     return None if count is None else size // count
@@ -187,7 +190,7 @@ def forward(
         n, c, size = x.shape
         out, mean, var = _moments(x.view(1, n * c, size) if spec.groups else x)
         shape = (n, c) if spec.groups else (c,)
-        out, mean, var = aten._unsafe_view(out, x.shape), mean.view(shape), var.view(shape)
+        out, mean, var = unsafe_view(out, x.shape), mean.view(shape), var.view(shape)
     rstd = (var + spec.eps).rsqrt_()
     if not _in_reach(mean, rstd, spec.eps):
         return plainly()

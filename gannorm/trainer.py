@@ -96,7 +96,8 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
     Returns the content of summary.json.
 
     Raises:
-        RequestError: a request that cannot be fulfilled; nothing was written then.
+        RequestError: a request that cannot be fulfilled, before anything is written; or images
+            that turn out to be unreadable.
         FloatingPointError: a loss became NaN or infinite.
     """
     # ---- check the request, build, resume
@@ -114,9 +115,19 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
     if start_from is not None:
         state = checkpoint.load(start_from)
         checkpoint.check_same(state["config"], run.config, start_from)
+        newest = checkpoint.newest(run_dir)
+        if newest is not None and newest.resolve() != start_from.resolve():
+            raise RequestError(
+                f"{run_dir} has a checkpoint {newest.name} of its own; go on from that one with "
+                f"resume=auto, or from {start_from} in another folder (hydra.run.dir=)"
+            )
         run.load_state_dict(state)
-        if not (run_dir / BEST).exists():  # goes on in another folder
-            run.best = Best()
+        measured = [
+            {k: v for k, v in each["metrics"].items() if k not in ("cache", "patience")}
+            for each in (state["config"], run.config)
+        ]
+        if not (run_dir / BEST).exists() or measured[0] != measured[1]:
+            run.best = Best()  # in another folder, or by another figure
     elif cfg.resume != "auto" and (run_dir / "metrics.jsonl").exists():
         raise RequestError(
             f"{run_dir} already holds a run; continue it with resume=auto, or choose another "
@@ -165,7 +176,10 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
 
             last = run.step == steps
             if run.step % cfg.trainer.log_every == 0 or last:
-                figures = finite(meter.read(), run.step, task, taken, monitor)
+                began = time.perf_counter()
+                figures = meter.read()  # waits for a GPU
+                run.seconds += time.perf_counter() - began
+                figures = finite(figures, run.step, task, taken, monitor)
                 figures |= {f"lr/{name}": rate for name, rate in rates.items()}
                 figures |= run.watch.report(run.step, balance_faults(figures), monitor)
                 monitor.scalars(run.step, figures)

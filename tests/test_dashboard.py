@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import time
 import urllib.parse
 import urllib.request
@@ -79,12 +80,15 @@ def test_every_chart_has_its_lines(board):
     charts = {chart["title"]: chart["multiline"]["tag"] for chart in categories["quality"]}
     assert charts["fid"] == ["^quality/fid$", "^quality_raw/fid$", "^reference/fid_real$"]
     assert "^reference/psnr_AtoB_untranslated$" in charts["psnr_AtoB"]
-    assert len(charts["accuracy of each class"]) == 10
+    assert charts["accuracy of each class"] == [r"^class_accuracy/\d+$"]
+    # Runs of both families stand together: no title twice.
+    titles = [chart["title"] for charts in categories.values() for chart in charts]
+    assert len(titles) == len(set(titles))
     for run, title in (("classes", "fid"), ("translation", "fid_AtoB")):
         for tag in charts[title]:
             found = board("custom_scalars/scalars", tag=tag, run=run)
             ((name, points),) = found["tag_to_events"].items()
-            assert f"^{name}$" == tag
+            assert re.fullmatch(tag, name)
             # A floor is a line too: it has a point at each evaluation.
             assert {2, 4} <= {step for _, step, _ in points}
     shown = {tag for charts in categories.values() for c in charts for tag in c["multiline"]["tag"]}
@@ -94,7 +98,9 @@ def test_every_chart_has_its_lines(board):
         for line in (board.folder / run / "metrics.jsonl").open()
         for key in json.loads(line)
     }
-    missing = {tag for tag in logged if f"^{tag}$" not in shown and "/" in tag}
+    missing = {
+        tag for tag in logged if "/" in tag and not any(re.fullmatch(line, tag) for line in shown)
+    }
     assert all(tag.startswith("reference/") for tag in missing), missing
 
 
@@ -188,24 +194,24 @@ def test_a_chart_has_what_was_logged_alone():
             "loss/D_fake",
         }
     )
-    assert found == {
-        "quality": {"cycle_psnr": ["Multiline", ["^quality/cycle_psnr_A$"]]},
-        "losses": {"generators": ["Multiline", ["^loss/G$"]]},
-        "discriminator balance": {
-            "mean logits": ["Multiline", ["^loss/D_fake$", "^loss/D_real$"]],
-        },
+    assert {category: list(charts) for category, charts in found.items()} == {
+        "quality": ["cycle_psnr"],
+        "losses": ["generators"],
+        "discriminator balance": ["mean logits"],
     }
+    assert found["losses"]["generators"] == ["Multiline", ["^loss/G(_[AB])?$"]]
 
 
 def test_confusion_counts_by_the_class_asked_for():
     asked, read = torch.tensor([0, 0, 0, 0, 2]), torch.tensor([0, 0, 0, 1, 2])
-    figure = confusion(Seen(torch.zeros(5, 1), torch.zeros(5, 3), read, asked))
+    seen = Seen(torch.zeros(5, 1), torch.zeros(5, 1008), read, asked)  # logits of another network
+    figure = confusion(seen, 3)
     axes = figure.axes[0]
     numbers = [text.get_text() for text in axes.texts]
     assert numbers == ["75%", "25%", "0%", "0%", "0%", "0%", "0%", "0%", "100%"]
     assert axes.get_title() == "80.0% read correctly" and axes.get_ylabel() == "class asked for"
     # Without room for numbers there are none.
-    many = confusion(Seen(torch.zeros(5, 1), torch.zeros(5, 100), read, asked))
+    many = confusion(seen, 100)
     assert not many.axes[0].texts
 
 

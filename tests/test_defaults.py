@@ -1,9 +1,11 @@
 """The default runs' figures over seeds, from two small real runs."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from PIL import Image
 from test_train import CYCLEGAN, RESBLOCK, ROOT
 
 from benchmarks.defaults import main, read_right, reader, table
@@ -52,6 +54,25 @@ def test_mean_and_range_over_runs():
     row = table({"gan": [run(0.9), run(0.7), run(0.8)]}).splitlines()[-1]
     assert "| gan, 3 runs | 80.0% (70.0% to 90.0%), real 100.0% |" in row
     assert "8.0 (7.0 to 9.0), real 1.0" in row
+
+
+def test_runs_that_are_no_seeds_of_one(trained: Path, tmp_path: Path, capsys):
+    """Another configuration is refused, unlabelled images are left out."""
+    shutil.copytree(trained / "classes", tmp_path / "classes")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        train(compose("config", [*RESBLOCK, "optim.lr_g=2e-3", "seed=1"]), tmp_path / "classes/b")
+        for name in ("trainA", "trainB"):
+            folder = tmp_path / "pair" / name
+            folder.mkdir(parents=True)
+            for k in range(2):
+                Image.new("RGB", (40, 40), (k * 90, 9, 9)).save(folder / f"{k}.png")
+        pair = [*CYCLEGAN, "data=folder_pair", f"data.root={tmp_path / 'pair'}"]
+        train(compose("config", pair), tmp_path / "unlabelled" / "run")
+    with pytest.raises(RequestError, match="optim.lr_g is 0.002 and 0.001"):
+        main([str(tmp_path / "classes")])
+    with pytest.raises(RequestError, match="no finished run"):
+        main([str(tmp_path / "unlabelled")])
+    assert "without labels, left out" in capsys.readouterr().err
 
 
 def test_no_runs(tmp_path: Path):

@@ -111,8 +111,8 @@ SLOW = ["optim.lr_g=1e-6", "optim.lr_d=1e-6"]
 FAILURES = {
     "discriminator_wins": (
         "resblock_gan",
-        ["optim.lr_d=0.01", "optim.lr_g=1e-9", "model.d_spectral_norm=false", "data.batch_size=16",
-         f"trainer.steps={3 * STEPS}"],
+        ["loss=hinge", "optim.lr_d=0.01", "optim.lr_g=1e-9", "model.d_spectral_norm=false",
+         "data.batch_size=16", f"trainer.steps={3 * STEPS}"],
         nothing, "the discriminator wins outright",
     ),
     "discriminator_loses": ("resblock_gan", ["optim.lr_d=1e-12"], nothing, "raise optim.lr_d"),
@@ -138,6 +138,13 @@ def test_a_run_made_to_fail(name, tmp_path, capsys, monkeypatch):
     assert words in warned(tmp_path, capsys.readouterr().out)[name]
     values = health(tmp_path)[name]
     assert values[0] == 0 and 1 in values
+
+
+@pytest.mark.parametrize("loss", ["rpgan", "hinge", "wgan_gp"])
+def test_a_run_that_learns_warns_of_nothing(loss, tmp_path, capsys):
+    run(tmp_path, "resblock_gan", f"loss={loss}", "data.batch_size=16")
+    assert not warned(tmp_path, capsys.readouterr().out)
+    assert set(health(tmp_path)) >= {"discriminator_wins", "mode_collapse", "norms"}
 
 
 @pytest.mark.parametrize(
@@ -253,6 +260,10 @@ def test_faults_are_found_on_one_side_of_the_threshold():
     faults = balance_faults(shares | sure | weak | {"balance/gradient_G": 0.0})
     assert all(faults.values()) and "D_A judges 100.0%" in faults["discriminator_wins"]
     assert "D_B judges 30.0% of real and 60.0%" in faults["discriminator_loses"]
+    # A discriminator of pairs may be right about all of them.
+    assert not any(balance_faults({"balance/D_pairs_right": 1.0}).values())
+    faults = balance_faults({"balance/D_pairs_right": 0.3})
+    assert "D has 30.0% of the pairs" in faults["discriminator_loses"]
     assert not any(sample_faults({"probe/diversity": 0.5, "probe/polarity_AtoB": 0.0}).values())
     faults = sample_faults({"probe/diversity_AtoB": 0.9, "probe/diversity_BtoA": 0.01})
     assert list(faults) == ["mode_collapse"] and "samples BtoA vary 0.01" in faults["mode_collapse"]

@@ -109,11 +109,9 @@ def test_confident_logits_do_not_overflow(kind: str):
 
 def test_what_is_judged_right():
     shares = {kind.name: judged_right(REAL, FAKE, kind.name) for kind in GanLoss}
-    assert [[float(s) for s in shares[k]] for k in ("lsgan", "hinge", "wgan")] == [
-        [0.25, 0.5],  # of 2, 0.5, -1, 0 above 0.5; of -3, 0, 0.5, 1 below it
-        [0.5, 0.25],
-        [0.5, 0.5],  # pairs
-    ]
+    assert shares["lsgan"] == {"real": 0.25, "fake": 0.5}  # of 2, 0.5, -1, 0; of -3, 0, 0.5, 1
+    assert shares["hinge"] == {"real": 0.5, "fake": 0.25}
+    assert shares["wgan"] == {"pairs": 0.5}
     assert shares["nonsaturating"] == shares["hinge"] and shares["relativistic"] == shares["wgan"]
 
 

@@ -151,6 +151,9 @@ def test_runs_that_cannot_be_compared_are_refused(whole: Path, tmp_path: Path):
     path.write_text(kept.replace("lr_g: 0.0006", "lr_g: 0.1"))
     with pytest.raises(RequestError, match=r"optim.lr_g is 0.0006 and 0.1; train them alike"):
         read(whole)
+    path.write_text(kept.replace("eval_every: ", "eval_every: 1"))
+    with pytest.raises(RequestError, match=r"trainer.eval_every is (\d+) and 1\1"):
+        read(whole)
     path.write_text(kept)
     summary = path.parents[1] / "summary.json"
     summary.write_text(summary.read_text().replace('"steps": 4', '"steps": 5'))

@@ -98,11 +98,24 @@ def test_half_precision(model: str, loss: str, precision: str):
     train_and_check(half)
 
 
+def test_the_average_is_of_the_latest_tenth_at_most():
+    task = build("resblock_gan", "optim.ema_decay=0.99", "optim.ema_start=5")
+    weight, mean = (net["G"].conv.bias for net in (task.generators, task.averaged))
+    lags = []
+    for step in range(2000):
+        with torch.no_grad():
+            weight.fill_(step)
+        task.update_averages(step)
+        lags.append(step - float(mean[0]))
+    assert lags[:6] == [0] * 6
+    assert lags[205] == pytest.approx(200 / 11, rel=0.1)
+    assert lags[-1] == pytest.approx(99, rel=0.01)  # decay / (1 - decay)
+
+
 @pytest.mark.parametrize("model", SIZES)
 @pytest.mark.parametrize("weight", ["r1=1.0", "r2=1.0", "gradient_penalty=1.0"])
 @pytest.mark.parametrize("loss", ["lsgan", "hinge"])
 def test_a_penalty_works_with_any_loss(model: str, loss: str, weight: str):
-    """And it pulls: the discriminator's gradient at the images falls under it alone."""
     train_and_check(build(model, f"loss={loss}", f"loss.{weight}"), 2)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -242,6 +243,22 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     assert checkpoint.load(tmp_path / "checkpoints" / "best.pt")["step"] == 2
 
 
+def test_another_figure_begins_with_a_best_of_its_own(tmp_path):
+    """An FID of hundreds is no coverage that could never be reached."""
+    small = [*TINY[:1], "trainer.eval_every=1"]
+    train(config("resblock_gan", *small, "trainer.steps=1"), tmp_path)
+    later = ["trainer.steps=2", "resume=auto", "metrics.best=coverage"]
+    best = train(config("resblock_gan", *small, *later), tmp_path)["best"]
+    assert best["step"] == 2 and best["value"] <= 1
+    # The patience does not decide what is measured.
+    later = ["trainer.steps=3", "resume=auto", "metrics.best=coverage", "metrics.patience=9"]
+    train(config("resblock_gan", *small, *later), tmp_path)
+    assert checkpoint.load(checkpoint.newest(tmp_path))["best"]["since"] <= 1
+    few = config("resblock_gan", *small, "metrics.samples=4", "metrics.patience=1")
+    with pytest.raises(RequestError, match="metrics.samples=4 must be more than 5"):
+        train(few, tmp_path / "few")
+
+
 def test_a_plateau_ends_the_run(tmp_path, monkeypatch):
     values = [5.0, 6.0, 4.0, 4.5, 4.0, 1.0]
     often = [*TINY[:1], "trainer.eval_every=2", "trainer.steps=20", "metrics.patience=2"]
@@ -292,10 +309,21 @@ def test_resume_is_refused_under_another_configuration(tmp_path):
         train(changed, tmp_path / "b")
     with pytest.raises(RequestError, match="already holds a run"):
         train(config("resblock_gan"), tmp_path / "a")
+    first = tmp_path / "a" / "checkpoints" / "step_00000001.pt"
+    shutil.copy(checkpoint.resolve(tmp_path / "a"), first)
+    before.append(first)
+    with pytest.raises(RequestError, match="has a checkpoint step_00000002.pt of its own"):
+        train(config("resblock_gan", f"resume={first}"), tmp_path / "a")
     with pytest.raises(RequestError, match="no checkpoint or run folder"):
         train(config("resblock_gan", "resume=nowhere.pt"), tmp_path / "b")
-    assert sorted(p for p in (tmp_path / "a").rglob("*")) == before
+    assert sorted(p for p in (tmp_path / "a").rglob("*")) == sorted(before)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_resumed_run_may_have_another_precision(tmp_path):
+    for steps, precision in enumerate(("fp32", "fp16", "bf16", "fp32"), 1):
+        changes = [f"trainer.steps={steps}", f"trainer.precision={precision}", "resume=auto"]
+        assert train(config("resblock_gan", *TINY[:1], *changes), tmp_path)["steps"] == steps
 
 
 def test_a_longer_run_goes_on_from_a_finished_one(tmp_path):

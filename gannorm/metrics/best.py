@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from gannorm.config import Config, CycleGANConfig
 from gannorm.data import Data
 from gannorm.errors import RequestError
+from gannorm.metrics.distances import NEIGHBOURS
 
 HIGHER_IS_BETTER = {
     "inception_score", "precision", "recall", "density", "coverage", "accuracy", "cycle_psnr",
@@ -49,7 +50,8 @@ def unmeasured(cfg: Config, data: Data) -> str | None:
     """
     labelled, translates = data.num_classes is not None, isinstance(cfg.model, CycleGANConfig)
     found: set[str] = set()
-    if labelled or cfg.metrics.extractor.name == "inception":
+    enough = cfg.metrics.samples is None or cfg.metrics.samples > NEIGHBOURS
+    if enough and (labelled or cfg.metrics.extractor.name == "inception"):
         found |= {"fid", "kid", "inception_score", "precision", "recall", "density", "coverage"}
     if labelled:
         found |= {"accuracy"} if translates else {"accuracy", "class_fid"}
@@ -63,7 +65,9 @@ def unmeasured(cfg: Config, data: Data) -> str | None:
     reason = (
         f"metrics.best={figure} is not measured with model={cfg.model.name} on data={cfg.data.name}"
     )
-    if not labelled and cfg.metrics.extractor.name == "embedded":
+    if not enough:
+        reason += f": metrics.samples={cfg.metrics.samples} must be more than {NEIGHBOURS}"
+    elif not labelled and cfg.metrics.extractor.name == "embedded":
         reason += (
             ": metrics.extractor=embedded, a classifier, needs labels, "
             "metrics.extractor=inception does not"

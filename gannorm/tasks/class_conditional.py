@@ -199,6 +199,8 @@ def slerp(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
 
     White (2016): a straight line would lead through noises shorter than any that are drawn.
     """
+    if len(start) == 1:  # no circle through one number
+        return torch.lerp(start, end, share[:, None])
     angle = torch.cosine_similarity(start, end, dim=0).acos()
     a, b = ((1 - share) * angle).sin(), (share * angle).sin()
     return (a[:, None] * start + b[:, None] * end) / angle.sin()

@@ -202,9 +202,9 @@ class Task(ABC):
                 figures[name] = loss
                 if penalized:
                     figures[f"{name}_penalty"] = penalty
-                shares = judged_right(*logits, cfg.gan.name)
-                for side, values, share in zip(("real", "fake"), logits, shares, strict=True):
+                for side, values in zip(("real", "fake"), logits, strict=True):
                     figures[f"{name}_{side}"] = values.float().mean()
+                for side, share in judged_right(*logits, cfg.gan.name).items():
                     figures[f"balance/{name}_{side}_right"] = share
         figures["balance/gradient_D"] = self._descend("D", total)
         return figures
@@ -262,8 +262,14 @@ class Task(ABC):
 
     @torch.no_grad()
     def update_averages(self, step: int) -> None:
-        """Move the averaged generators, buffers too, towards the trained ones."""
-        decay = self.cfg.optim.ema_decay if step >= self.cfg.optim.ema_start else 0.0
+        """Move the averaged generators, buffers too, towards the trained ones.
+
+        The decay grows to `optim.ema_decay`, so that the average is one of the latest tenth of the
+        steps at most (Karras et al., 2020): a longer one is of weights, and running statistics,
+        that have little to do with the latest.
+        """
+        averaged = max(step - self.cfg.optim.ema_start, 0)
+        decay = min(self.cfg.optim.ema_decay, averaged / (averaged + 10))
         for name, net in self.generators.items():
             pairs = zip(_tensors(self.averaged[name]), _tensors(net), strict=True)
             floating = []
@@ -291,7 +297,8 @@ class Task(ABC):
             net.load_state_dict(state["averaged"][name])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # of another precision, it starts anew
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def _tensors(net: nn.Module) -> list[Tensor]:
