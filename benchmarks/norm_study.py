@@ -65,6 +65,8 @@ FIGURES = {
         Figure("coverage_BtoA", "coverage B to A", True),
         Figure("coverage_AtoB", "coverage A to B", True),
         Figure("cycle_l1", "cycle error (L1)"),
+        Figure("accuracy_BtoA", "accuracy B to A of the trained weights", True, "quality_raw"),
+        Figure("fid_BtoA", "FID B to A of the trained weights", group="quality_raw"),
     ),
     "resblock_gan": (
         Figure("accuracy", "accuracy", True),
