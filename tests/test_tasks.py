@@ -71,7 +71,8 @@ def test_every_loss_trains_both_models(model: str, loss: str):
     assert all(math.isfinite(v) for v in figures.values())
     penalized = loss in ("rpgan", "wgan_gp")
     for name in task.discriminators:
-        assert {name, f"{name}_real", f"balance/{name}_fake_right"} <= figures.keys()
+        side = "pairs" if penalized else "fake"
+        assert {name, f"{name}_real", f"balance/{name}_{side}_right"} <= figures.keys()
         assert (f"{name}_penalty" in figures) == penalized
         assert not penalized or figures[f"{name}_penalty"] > 0
 
