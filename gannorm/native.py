@@ -5,7 +5,8 @@ where x * scale + shift cancels, and near-constant sets. So each call looks at i
 and one with a set out of reach goes to `gannorm.reference` whole.
 
 Moments come from group norm over small pieces of the planes, merged in float64: its vectorized
-sums are several times faster than batch norm's, and so many of them more exact. Without labels
+sums are several times faster than batch norm's, and so many of them more exact; on small inputs the
+merging costs more than that gains, and without labels batch norm's own serve. Without labels
 (`norm`) torch's own derivatives serve, with the epilogue in place. An affine by label (`forward`,
 `backward`) is one scale and one shift for each plane, applied by batch norm's evaluation kernel.
 Tried and dropped: working through the batch in chunks that stay in the
@@ -24,6 +25,7 @@ from gannorm import reference
 from gannorm.reference import NormSpec, Running, finish, table_rows, update_running
 
 PIECE = 64  # elements at least, or group norm is the slower one
+SMALL = 2**20  # elements, below which torch's own batch norm is faster than all of this
 LONGEST = 4096  # elements at most,
 PIECES = 8  # and pieces of a set at least, or group norm is the less exact one
 FAR = 8.0  # |mean| / std beyond which torch's arithmetic is left
@@ -80,13 +82,22 @@ def norm(
     if spec.groups:
         rows = x.view(1, n * c, -1)
         weight, bias = (None if t is None else t.repeat(n) for t in (weight, bias))
-    with torch.no_grad():
-        out, mean, var = _moments(rows)
-        rstd = (var + spec.eps).rsqrt_()
-        if not _in_reach(mean, rstd, spec.eps):
-            return None
-    _move(running, mean, var, n if spec.groups else 1)
-    y = _BatchNorm.apply(rows, weight, bias, (out, mean, rstd), spec.eps)
+    samples = n if spec.groups else 1
+    if x.numel() < SMALL:
+        y, mean, rstd = torch.native_batch_norm(rows, weight, bias, None, None, True, 0.0, spec.eps)
+        with torch.no_grad():
+            if not _in_reach(mean, rstd, spec.eps):
+                return None
+            if running is not None:
+                _move(running, mean.double(), rstd.double().pow(-2) - spec.eps, samples)
+    else:
+        with torch.no_grad():
+            out, mean, var = _moments(rows)
+            rstd = (var + spec.eps).rsqrt_()
+            if not _in_reach(mean, rstd, spec.eps):
+                return None
+        _move(running, mean, var, samples)
+        y = _BatchNorm.apply(rows, weight, bias, (out, mean, rstd), spec.eps)
     if spec.groups:
         y = unsafe_view(y, x.shape)  # no view: in place on one autograd copies
     return finish(y, residual, spec, True)

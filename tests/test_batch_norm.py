@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from parity import BACKENDS, EPILOGUES, TOLERANCE, compare, epilogue, leaf, use_backend
+from parity import BACKENDS, EPILOGUES, TOLERANCE, close, compare, epilogue, leaf, use_backend
 from torch.nn import functional as F
 
 from gannorm import functional as G
+from gannorm import native
 
 SHAPES = [(4, 3, 4, 5), (5, 2), (7, 1, 3, 1), (2, 3, 67, 71), (37, 1, 8, 9)]
 
@@ -51,6 +52,24 @@ def test_against_torch(backend, dtype, shape, training, e):
         )
     torch.testing.assert_close(plain, theirs)
     torch.testing.assert_close(conditional, theirs)
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 16, 16), (3, 5, 24, 10), (2, 3, 67, 71), (16, 3, 8, 8)])
+@pytest.mark.parametrize("op", ["batch_norm", "instance_norm"])
+def test_the_moments_of_large_inputs(op, shape, monkeypatch):
+    """Of pieces, merged; here of small ones."""
+    monkeypatch.setattr(native, "SMALL", 0)
+    torch.manual_seed(0)
+    x, r, w, b = leaf(*shape), leaf(*shape), leaf(shape[1]), leaf(shape[1])
+    ours, theirs = ((torch.zeros(shape[1]).double(), torch.ones(shape[1]).double()) for _ in "ab")
+    y = getattr(G, op)(x + 1, *ours, w, b, True, activation="relu", residual=r)
+    expected = F.relu(getattr(F, op)(x + 1, *theirs, w, b, True) + r)
+    close(y, expected, 1e-12)
+    for a, e in zip(ours, theirs, strict=True):
+        close(a, e, 1e-12)
+    grads = (torch.autograd.grad(t.pow(3).sum(), (x, r, w, b)) for t in (y, expected))
+    for a, e in zip(*grads, strict=True):
+        close(a, e, 1e-10)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
