@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,15 +21,14 @@ import torch
 from sklearn.svm import SVC
 from torch import Tensor
 
-from benchmarks.norm_study import flat
-from gannorm import checkpoint
+from gannorm.checkpoint import flat
 from gannorm.data import Source, build_data, fetch_all
 from gannorm.errors import RequestError, answering_requests
 from gannorm.inference import load_task
 from gannorm.metrics.evaluation import in_chunks
-from gannorm.tasks import ClassConditional, CycleGAN
+from gannorm.tasks import ClassConditional, CycleGAN, Task
 
-FREE = ("seed", "resume", "data.num_workers", "norm.backend", "metrics.cache")  # may differ
+FREE = ("seed", "resume", "data.num_workers", "metrics.cache")  # may differ
 SAMPLES = 1000  # of a class-conditional generator
 WAYS = {"AtoB": ("G_A", 0, 1), "BtoA": ("G_B", 1, 0)}  # generator, its domain, the other
 # Key in `quality`, what to call it, how it is written.
@@ -52,9 +52,8 @@ def read_right(svm: SVC, images: Tensor, labels: Tensor) -> float:
 
 
 @torch.no_grad()
-def outsider(folder: Path) -> dict[str, tuple[float, float]]:
+def outsider(task: Task) -> dict[str, tuple[float, float]]:
     """By direction, the share of a run's images that the outsider reads right, and of real ones."""
-    task = load_task(folder)
     data = build_data(task.cfg.data)
     test = [fetch_all(source) for source in data.test]
     with task.norm_backend():
@@ -76,11 +75,11 @@ def outsider(folder: Path) -> dict[str, tuple[float, float]]:
         return found
 
 
-def figures(folder: Path) -> Figures:
+def figures(folder: Path, task: Task) -> Figures:
     """A run's final figures by direction, each beside that of real images as FIGURE_real."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     found: Figures = {}
-    for way, (share, real) in outsider(folder).items():
+    for way, (share, real) in outsider(task).items():
         end = f"_{way}" if way else ""
         row = {"outsider": share, "outsider_real": real}
         for key, *_ in FIGURES:
@@ -127,10 +126,11 @@ def main(argv: list[str] | None = None) -> None:
         for path in sorted(top.rglob("summary.json")):
             folder = path.parent
             name = folder.parent.name
-            config = flat(checkpoint.load(checkpoint.resolve(folder))["config"])
-            if not build_data(load_task(folder).cfg.data).num_classes:
+            task = load_task(folder)
+            if task.num_classes is None:
                 print(f"without labels, left out: {folder}", file=sys.stderr)
                 continue
+            config = flat(asdict(task.cfg))
             other, expected = first.setdefault(name, (folder, config))
             for key in sorted(config.keys() | expected.keys()):
                 a, b = expected.get(key), config.get(key)
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
                         f"{other} and {folder} are no runs of one configuration: {key} is {a} and "
                         f"{b}; name the folders of one, or leave one out"
                     )
-            runs.setdefault(name, []).append(figures(folder))
+            runs.setdefault(name, []).append(figures(folder, task))
     if not runs:
         names = ", ".join(map(str, arguments.folders))
         raise RequestError(f"no finished run (summary.json) below {names}")

@@ -20,6 +20,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from benchmarks.timing import device_name
+from gannorm.checkpoint import flat
 from gannorm.errors import RequestError, answering_requests
 from gannorm.metrics.best import average
 from gannorm.study import FOLDER, LOSS, Member, members
@@ -201,14 +202,6 @@ def _check_comparable(runs: list[Run]) -> None:
                     f"{other.folder} and {run.folder} cannot be compared: {key} is {a} and {b}; "
                     "train them alike, or leave one out"
                 )
-
-
-def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every value by its dotted key."""
-    out: dict[str, Any] = {}
-    for key, value in node.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
 
 
 # ---- figures of several seeds

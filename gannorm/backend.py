@@ -8,7 +8,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from gannorm import native, reference
 from gannorm.errors import RequestError
@@ -62,11 +61,8 @@ def module_for(x: Tensor) -> ModuleType:
     name = _backend.get()
     if name == "torch" or x.device.type == "meta" or (name == "auto" and not x.is_cuda):
         # The compiler fuses the plain composition; only an eager CPU gains from torch's kernels,
-        # which are chosen by what is in the input: a fake or traced tensor has no values.
-        if torch.compiler.is_compiling() or x.device.type != "cpu":
-            return reference
-        plain = type(x) in (Tensor, Parameter) and not torch._C._len_torch_dispatch_stack()
-        return native if plain else reference
+        # which are chosen by what is in the input.
+        return native if x.device.type == "cpu" and reference.has_values(x) else reference
     if name == "auto" and not HAS_TRITON:
         return reference
     if not x.is_cuda and not torch.compiler.is_compiling() and not _runs_on_cpu():

@@ -107,7 +107,7 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     Raises:
         RequestError: naming every key that differs, with both values.
     """
-    old, new = _flat(saved), _flat(now)
+    old, new = flat(saved), flat(now)
     differing = [
         f"{key}={new.get(key)!r} (the run: {old.get(key)!r})"
         for key in sorted(old.keys() | new.keys())
@@ -120,11 +120,12 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
         )
 
 
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value of a nested dictionary by its dotted key."""
     out: dict[str, Any] = {}
     for key, value in node.items():
         if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{key}.")
+            out |= flat(value, f"{prefix}{key}.")
         else:
             out[prefix + key] = value
     return out

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gannorm.reference import transformed
+from gannorm.reference import has_values
 
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
 DEGENERATE = ("raise", "beta")
@@ -127,7 +127,7 @@ def _check_labels(labels: Tensor, x: Tensor, rows: int | None, op: str) -> None:
     if torch.compiler.is_compiling():
         fits = ((labels >= 0) & (labels < rows)).all()
         torch._assert_async(fits, f"{op}: labels must lie in 0..{rows - 1}")
-    elif labels.device.type == "cpu" and not transformed():  # a GPU would have to be waited for
+    elif labels.device.type == "cpu" and has_values(labels):  # a GPU would have to be waited for
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= rows:
             raise ValueError(

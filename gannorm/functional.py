@@ -103,9 +103,9 @@ def _normalize(
         mean, var = given or (None, None)
         y, stats = ops.norm(rows, weight, bias, labels, residual, mean, var, *spec)
     else:
-        buffers = running[:2] if running else ()
-        dense = all(t is None or t.is_contiguous() for t in buffers) and x.dtype != torch.float64
-        moved = groups == 0 and (on_kernels and dense or backend is native)
+        strided = any(t is not None and not t.is_contiguous() for t in (running or ())[:2])
+        by_kernels = on_kernels and x.dtype != torch.float64 and not strided
+        moved = groups == 0 and (by_kernels or backend is native)
         y, stats = NormFunction.apply(
             rows, weight, bias, residual, labels, given, running if moved else None, spec, backend
         )

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.nn import functional as F
 
 
@@ -41,6 +42,13 @@ def transformed() -> bool:
     of torch ops, none of them in place."""
     functorch = torch._C._functorch.maybe_current_level() is not None
     return functorch or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether to go by what is in `t`: a fake, traced, compiled or transformed one is empty."""
+    if torch.compiler.is_compiling() or transformed():
+        return False
+    return type(t) in (Tensor, Parameter) and not torch._C._len_torch_dispatch_stack()
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:

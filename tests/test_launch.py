@@ -10,12 +10,13 @@ from gannorm import use_backend
 from gannorm.kernels import launch
 from gannorm.kernels.launch import plan
 
-# HELD, TILE and WAVES that make a plan of each kind out of small shapes.
+# HELD, TILE, WAVES and GRID that make a plan of each kind out of small shapes.
 KINDS = {
-    "held": (launch.HELD, launch.TILE, launch.WAVES),
-    "split planes": (0, 1024, launch.WAVES),
-    "split elements": (0, 128, launch.WAVES),
-    "chunks of several tiles": (0, 256, 1),
+    "held": (launch.HELD, launch.TILE, launch.WAVES, launch.GRID),
+    "split planes": (0, 1024, launch.WAVES, launch.GRID),
+    "split elements": (0, 128, launch.WAVES, launch.GRID),
+    "chunks of several tiles": (0, 256, 1, launch.GRID),
+    "elements of several planes": (0, 128, 1, 1),
 }
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
@@ -27,7 +28,7 @@ SHAPES = [(3, 6, 3, 5), (3, 4, 4, 4), (2, 2, 1, 37)]
 
 @pytest.fixture(params=KINDS)
 def kind(request, monkeypatch):
-    for name, value in zip(("HELD", "TILE", "WAVES"), KINDS[request.param], strict=True):
+    for name, value in zip(("HELD", "TILE", "WAVES", "GRID"), KINDS[request.param], strict=True):
         monkeypatch.setattr(launch, name, value)
     monkeypatch.setattr(launch, "_processors", lambda device: 2)
     for cached in (plan, launch._call):

@@ -224,6 +224,24 @@ def test_inputs_without_values(op):
         close(torch.jit.trace(lambda x: ours(x), torch.randn(4, 6, 3, 3))(x), ours(x), 1e-5)
 
 
+@pytest.mark.parametrize("op", ["conditional_batch", "conditional_instance"])
+def test_labels_without_values(op):
+    def ours(x, y):
+        if op == "conditional_batch":
+            return G.conditional_batch_norm(x, y, None, None, w, w, True)
+        return G.conditional_instance_norm(x, y, w, w)
+
+    w, x = torch.randn(3, 6), torch.randn(4, 6, 3, 3)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert ours(fake.from_tensor(x), fake.from_tensor(LABELS)).shape == x.shape
+    with torch.no_grad():
+        for made in (
+            make_fx(ours)(torch.randn(4, 6, 3, 3), LABELS.flip(0)),
+            torch.jit.trace(ours, (torch.randn(4, 6, 3, 3), LABELS.flip(0))),
+        ):
+            close(made(x, LABELS), ours(x, LABELS), 1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_compiled_empty_batch_has_gradients(backend):
     torch._dynamo.reset()

@@ -3,22 +3,15 @@
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import OmegaConf
 from test_config import CONF, SMALL, build, composed
 
+from gannorm.checkpoint import flat
 from gannorm.study import EVALUATIONS, LOSS, STEPS, members, register
 from gannorm.tasks import ClassConditional, CycleGAN, build_task
 
 register()
 MEMBERS = members()
-
-
-def flat(cfg: DictConfig, prefix: str = "") -> dict[str, object]:
-    out: dict[str, object] = {}
-    for key, value in cfg.items():
-        dotted = f"{prefix}{key}"
-        out |= flat(value, dotted + ".") if isinstance(value, DictConfig) else {dotted: value}
-    return out
 
 
 def test_members_are_every_norm_a_task_takes_and_the_mistakes():
@@ -39,8 +32,8 @@ def test_a_member_is_not_refused_and_changes_no_more_than_it_says(name: str):
     member = MEMBERS[name]
     raw = composed(f"study={name}")
     loss = LOSS[member.model]
-    plain = flat(composed(f"model={member.model}", f"norm={member.norm}", f"loss={loss}"))
-    ours = flat(raw)
+    own = composed(f"model={member.model}", f"norm={member.norm}", f"loss={loss}")
+    plain, ours = (flat(OmegaConf.to_container(cfg)) for cfg in (own, raw))
     differing = {key: ours[key] for key in plain if ours[key] != plain[key]}
     steps = STEPS[member.model, member.batch_size]
     may = {

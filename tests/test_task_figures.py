@@ -184,6 +184,8 @@ def test_between_two_noises_length_is_kept():
     path = slerp(start, end, torch.tensor([0, 0.5, 1]))
     torch.testing.assert_close(path[[0, 2]], torch.stack([start, end]))
     torch.testing.assert_close(path[1], (start + end) / 2**0.5)
+    one = slerp(torch.tensor([2.0]), torch.tensor([-1.0]), torch.tensor([0, 0.5, 1]))
+    assert one.flatten().tolist() == [2, 0.5, -1]  # where there is no circle
 
 
 @pytest.mark.parametrize("norm", ["conditional_batch", "conditional_instance", "group"])

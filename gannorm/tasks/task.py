@@ -264,9 +264,9 @@ class Task(ABC):
     def update_averages(self, step: int) -> None:
         """Move the averaged generators, buffers too, towards the trained ones.
 
-        The decay grows to `optim.ema_decay`, so that the average is one of the latest tenth of the
-        steps at most (Karras et al., 2020): a longer one is of weights, and running statistics,
-        that have little to do with the latest.
+        The decay grows to `optim.ema_decay` (Karras et al., 2020, do alike), so that the average is
+        one of the latest tenth of the steps at most: a longer one is of weights, and running
+        statistics, that have little to do with the latest.
         """
         averaged = max(step - self.cfg.optim.ema_start, 0)
         decay = min(self.cfg.optim.ema_decay, averaged / (averaged + 10))
