@@ -60,9 +60,9 @@ def module_for(x: Tensor) -> ModuleType:
     """The module whose `forward` and `backward` serve `x`: `kernels`, `native` or `reference`."""
     name = _backend.get()
     if name == "torch" or x.device.type == "meta" or (name == "auto" and not x.is_cuda):
-        # The compiler fuses the plain composition; only an eager CPU gains from torch's kernels,
-        # which are chosen by what is in the input.
-        return native if x.device.type == "cpu" and reference.has_values(x) else reference
+        # A compiler fuses the plain composition by itself, and native code needs values to work on.
+        eager = x.device.type == "cpu" and reference.has_values(x)
+        return native if eager and native.serves(x) else reference
     if name == "auto" and not HAS_TRITON:
         return reference
     if not x.is_cuda and not torch.compiler.is_compiling() and not _runs_on_cpu():

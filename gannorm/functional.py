@@ -77,10 +77,6 @@ def _normalize(
         residual = residual.to(x.dtype)
     by_torch = transformed()
     backend = reference if by_torch else module_for(x)
-    if backend is native and labels is None:
-        done = native.norm(x.contiguous(), weight, bias, residual, given, running, spec)
-        if done is not None:
-            return done if x.dim() != 4 else done.contiguous(memory_format=_memory_format(x))
     if labels is None:
         weight, bias = (None if t is None else t.unsqueeze(0) for t in (weight, bias))
     flat = (x.shape[0], x.shape[1], math.prod(x.shape[2:]))
@@ -103,9 +99,12 @@ def _normalize(
         mean, var = given or (None, None)
         y, stats = ops.norm(rows, weight, bias, labels, residual, mean, var, *spec)
     else:
-        strided = any(t is not None and not t.is_contiguous() for t in (running or ())[:2])
-        by_kernels = on_kernels and x.dtype != torch.float64 and not strided
-        moved = groups == 0 and (by_kernels or backend is native)
+        buffers = [t for t in (running or ())[:2] if t is not None]
+        plain = groups == 0 and all(t.is_contiguous() for t in buffers)
+        if backend is native:
+            moved = plain and all(t.dtype == reference.stat_dtype(x.dtype) for t in buffers)
+        else:
+            moved = plain and on_kernels and x.dtype != torch.float64
         y, stats = NormFunction.apply(
             rows, weight, bias, residual, labels, given, running if moved else None, spec, backend
         )

@@ -1,178 +1,148 @@
-"""The reference's twin for an eager CPU: torch's own kernels where they are exact.
+"""The norms on an eager CPU: `native.c`, compiled by the machine's own C compiler at first use.
 
-They read the input fewer times than a composition of torch ops can, but lose digits far from 0,
-where x * scale + shift cancels, and near-constant sets. So each call looks at its statistics first,
-and one with a set out of reach goes to `gannorm.reference` whole.
+A norm made of torch ops reads and writes its tensors ten times and more; these kernels read the
+input once, for what they look at again still lies in the cache. Compiling takes about two seconds,
+once for each machine: the library is kept beside the extractors' cache. It shares torch's threads.
+Where there is no compiler, or on another system than Linux, `gannorm.reference` serves.
 
-Moments come from group norm over small pieces of the planes, merged in float64: its vectorized
-sums are several times faster than batch norm's, and so many of them more exact; on small inputs the
-merging costs more than that gains, and without labels batch norm's own serve. Without labels
-(`norm`) torch's own derivatives serve, with the epilogue in place. An affine by label (`forward`,
-`backward`) is one scale and one shift for each plane, applied by batch norm's evaluation kernel.
-Tried and dropped: working through the batch in chunks that stay in the
-cache (slower: more calls, and each wakes the other threads).
+Tried and dropped: torch's own group and batch norm kernels in clever order: up to 5 times slower,
+exact only near 0, and only for float32. `torch.compile` would compile anew for every shape.
 """
 
-import math
-from functools import lru_cache
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from gannorm import reference
-from gannorm.reference import NormSpec, Running, finish, table_rows, update_running
+from gannorm.reference import NormSpec, Running, stat_dtype
 
-PIECE = 64  # elements at least, or group norm is the slower one
-SMALL = 2**20  # elements, below which torch's own batch norm is faster than all of this
-LONGEST = 4096  # elements at most,
-PIECES = 8  # and pieces of a set at least, or group norm is the less exact one
-FAR = 8.0  # |mean| / std beyond which torch's arithmetic is left
+SOURCE = Path(__file__).with_name("native.c")
+INCLUDED = Path(__file__).with_name("native_real.c")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as the source's enum
+ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
 
-aten = torch.ops.aten
-unsafe_view = aten._unsafe_view.default
+_int, _real, _pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 
-def _usable(x: Tensor) -> bool:
-    return x.dtype in (torch.float32, torch.float64) and x.is_contiguous() and x.numel() > 0
+class _Tensor(ctypes.Structure):
+    _fields_ = [("data", _pointer), ("sample", _int)]
 
 
-def _in_reach(mean: Tensor, rstd: Tensor, eps: float) -> bool:
-    """Whether no set is far from 0, near-constant, or has an rstd whose cube is beyond float32.
-
-    A set with NaN or Inf is in reach: it must not change how the others are computed.
-    """
-    flattest = 0.99 * eps**-0.5 if eps > 1e-24 else 1e12
-    distance = (mean * rstd).abs_()
-    low, high = rstd.aminmax()
-    if float(distance.max()) <= FAR and float(low) > 1e-12 and float(high) < flattest:
-        return True
-    far = (distance > FAR) | ~(rstd > 1e-12) & mean.isfinite()
-    return not bool((far | (rstd >= flattest) & (mean != 0)).any())
-
-
-def norm(
-    x: Tensor,  # (N, C, ...)
-    weight: Tensor | None,  # (C,)
-    bias: Tensor | None,
-    residual: Tensor | None,  # as x
-    given: tuple[Tensor, Tensor] | None,
-    running: Running | None,
-    spec: NormSpec,
-) -> Tensor | None:
-    """A norm without labels, differentiable as torch's own; None where that is not exact."""
-    if not _usable(x):
-        return None
-    n, c = x.shape[:2]
-    weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
-    if given is not None:
-        mean, var = (t.to(x.dtype) for t in given)
-        if not _in_reach(mean, (var + spec.eps).rsqrt(), spec.eps):
-            return None
-        y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, spec.eps)
-        return finish(y, residual, spec, True)
-    if 0 < spec.groups < c:
-        size = x.numel() // (n * c)
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, n, c, size, spec.groups, spec.eps)
-        with torch.no_grad():
-            reached = _in_reach(mean, rstd, spec.eps)
-        return finish(y, residual, spec, True) if reached else None
-    rows = x
-    if spec.groups:
-        rows = x.view(1, n * c, -1)
-        weight, bias = (None if t is None else t.repeat(n) for t in (weight, bias))
-    samples = n if spec.groups else 1
-    if x.numel() < SMALL:
-        y, mean, rstd = torch.native_batch_norm(rows, weight, bias, None, None, True, 0.0, spec.eps)
-        with torch.no_grad():
-            if not _in_reach(mean, rstd, spec.eps):
-                return None
-            if running is not None:
-                _move(running, mean.double(), rstd.double().pow(-2) - spec.eps, samples)
-    else:
-        with torch.no_grad():
-            out, mean, var = _moments(rows)
-            rstd = (var + spec.eps).rsqrt_()
-            if not _in_reach(mean, rstd, spec.eps):
-                return None
-        _move(running, mean, var, samples)
-        y = _BatchNorm.apply(rows, weight, bias, (out, mean, rstd), spec.eps)
-    if spec.groups:
-        y = unsafe_view(y, x.shape)  # no view: in place on one autograd copies
-    return finish(y, residual, spec, True)
-
-
-def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A tensor like x (N, C, ...) to write over; every channel's mean and biased variance (C,),
-    in float64."""
-    n, c = x.shape[:2]
-    piece = _piece(x.numel() // (n * c), n)
-    if piece is None:
-        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
-        return torch.empty_like(x), mean.double(), var.double()
-    count = x.numel() // piece
-    pieces = x.view(1, count, piece)
-    out, means, rstds = torch.native_group_norm(pieces, None, None, 1, count, piece, count, 0.0)
-    means, variances = (t.view(n, c, -1).double() for t in (means, rstds))
-    squares = variances.pow_(-2).addcmul_(means, means)
-    mean = means.mean((0, 2))
-    # In float64 nothing that is in reach cancels.
-    out = unsafe_view(out, x.shape)
-    return out, mean, squares.mean((0, 2)).addcmul_(mean, mean, value=-1)
-
-
-@lru_cache
-def _piece(size: int, planes: int) -> int | None:
-    """Into pieces of how many elements to cut planes of `size`, of which a set has `planes`."""
-    fewest = max(-(-PIECES // planes), -(-size // LONGEST))
-    counts = (k for k in range(fewest, size // PIECE + 1) if size % k == 0)
-    count = next(counts, None)
-    return None if count is None else size // count
-
-
-class _BatchNorm(torch.autograd.Function):
-    """Batch norm whose statistics are at hand, with torch's own derivatives."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None,
-        made: tuple[Tensor, Tensor, Tensor], eps: float,
-    ) -> Tensor:  # fmt: skip
-        out, mean, rstd = made
-        scale = (rstd if weight is None else rstd * weight).to(x.dtype)
-        shift = -mean * scale  # of the rounded scale: so x * scale cancels near the mean
-        _affine(x, scale, shift if bias is None else shift + bias, out)
-        ctx.save_for_backward(x, weight, mean.to(x.dtype), rstd.to(x.dtype))
-        ctx.eps = eps
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd = ctx.saved_tensors
-        grads = aten.native_batch_norm_backward(
-            dy, x, weight, None, None, mean, rstd, True, ctx.eps, list(ctx.needs_input_grad[:3])
-        )
-        return *grads, None, None
-
-
-@torch.no_grad()
-def _move(running: Running | None, mean: Tensor, var: Tensor, samples: int = 1) -> None:
-    """`reference.update_running` by statistics (samples * C,), in few steps if all are finite."""
-    if running is None:
-        return
-    mean, var = (t.view(samples, -1).mean(0) for t in (mean, var))
-    *buffers, momentum, bessel = running
-    pairs = [
-        (buffer, new.to(buffer.dtype))
-        for buffer, new in zip(buffers, (mean, var * bessel), strict=True)
-        if buffer is not None
+class _Norm(ctypes.Structure):
+    _fields_ = [
+        *((name, _int) for name in ("n", "c", "s", "groups")),
+        *((name, _int) for name in ("dtype", "activation", "residual_after", "threads")),
+        *((name, _real) for name in ("eps", "slope", "momentum", "bessel")),
+        *((name, _Tensor) for name in ("x", "residual", "y", "dy", "dx", "g")),
+        *((name, _pointer) for name in ("stats", "mean", "var", "weight", "bias", "labels")),
+        *((name, _pointer) for name in ("running_mean", "running_var")),
+        *((name, _pointer) for name in ("dweight", "dbias", "rstd", "sums")),
     ]
-    if not all(math.isfinite(float(new.sum())) for _, new in pairs):
-        update_running(running, torch.stack((mean, mean, mean, var)))
-        return
-    for buffer, new in pairs:
-        buffer.lerp_(new, momentum)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they cannot be had."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if sys.platform != "linux" or compiler is None:
+        return None
+    try:
+        built = _build(compiler)
+        return ctypes.CDLL(str(built))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        warnings.warn(
+            f"{compiler} could not compile {SOURCE.name}; norms on the CPU run on torch ops, "
+            f"several times slower: {said.strip()[:300]}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _build(compiler: str) -> Path:
+    """Compile the source, unless this machine has a library of the same source and processor."""
+    folder = Path(os.environ.get("GANNORM_CACHE", "~/.cache/gannorm")).expanduser()
+    source = SOURCE.read_bytes() + INCLUDED.read_bytes()
+    processor = next(
+        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "flags" in line.lower()
+         or line.startswith("Features")),
+        platform.machine(),
+    )  # fmt: skip
+    known = "\n".join((compiler, *FLAGS, processor, platform.platform()))
+    key = hashlib.sha256(source + known.encode()).hexdigest()[:16]
+    path = folder / f"native-{key}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # then moved: whole, or not there
+            made = Path(scratch) / path.name
+            command = [compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(made), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            made.replace(path)
+    return path
+
+
+def serves(x: Tensor) -> bool:
+    """Whether these kernels take `x`."""
+    compiled = library() if x.dtype in DTYPES and x.numel() else None
+    return compiled is not None and (x.dtype != torch.float16 or bool(compiled.norm_float16()))
+
+
+def _dense(t: Tensor) -> Tensor:
+    """`t` (N, C, S) with every sample dense."""
+    _, c, s = t.shape
+    _, between, inner = t.stride()
+    return t if (inner == 1 or s == 1) and (between == s or c == 1) else t.contiguous()
+
+
+def _pointed(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _described(t: Tensor) -> _Tensor:
+    return _Tensor(t.data_ptr(), t.stride(0))
+
+
+def _norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, labels: Tensor | None,
+    residual: Tensor | None, spec: NormSpec, kept: list[Any],
+) -> _Norm:  # fmt: skip
+    """The call's description; `kept` holds what it points to."""
+    dtype = stat_dtype(x.dtype)
+    n, c, s = x.shape
+    tables = [None if t is None else t.detach().to(dtype).contiguous() for t in (weight, bias)]
+    labels = None if labels is None else labels.contiguous()
+    p = _Norm(
+        n=n, c=c, s=s, groups=spec.groups, dtype=DTYPES.index(x.dtype),
+        activation=ACTIVATIONS.index(spec.activation), slope=spec.negative_slope, eps=spec.eps,
+        residual_after=spec.residual_after_activation, threads=torch.get_num_threads(),
+        x=_described(x), weight=_pointed(tables[0]), bias=_pointed(tables[1]),
+        labels=_pointed(labels),
+    )  # fmt: skip
+    if residual is not None:
+        residual = _dense(residual)
+        p.residual = _described(residual)
+    kept += [x, residual, labels, *tables]
+    return p
+
+
+def _run(name: str, p: _Norm) -> None:
+    compiled = library()
+    assert compiled is not None
+    if getattr(compiled, name)(ctypes.byref(p)):
+        raise MemoryError(f"no memory for the partial sums of a norm over {p.n} x {p.c} planes")
 
 
 def forward(
@@ -185,31 +155,23 @@ def forward(
     spec: NormSpec,
     running: Running | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.forward`; moves the running statistics too."""
-
-    def plainly() -> tuple[Tensor, Tensor]:
-        y, stats = reference.forward(x, weight, bias, labels, residual, given, spec)
-        update_running(running, stats)
-        return y, stats
-
-    if labels is None or not _usable(x):
-        return plainly()
+    """As `reference.forward`; moves the running statistics (contiguous, of x's kind) too."""
+    kept: list[Any] = []
+    dtype, (n, c, _) = stat_dtype(x.dtype), x.shape
+    x = _dense(x)
+    p = _norm(x, weight, bias, labels, residual, spec, kept)
+    y = torch.empty(x.shape, dtype=x.dtype)
+    stats = torch.empty((4, n, spec.groups) if spec.groups else (4, c), dtype=dtype)
+    rstd = torch.empty(stats.shape[1:], dtype=torch.float64)
+    p.y, p.stats, p.rstd = _described(y), stats.data_ptr(), rstd.data_ptr()
     if given is not None:
-        mean, var = (t.double() for t in given)
-        out = torch.empty_like(x)
-    else:
-        n, c, size = x.shape
-        out, mean, var = _moments(x.view(1, n * c, size) if spec.groups else x)
-        shape = (n, c) if spec.groups else (c,)
-        out, mean, var = unsafe_view(out, x.shape), mean.view(shape), var.view(shape)
-    rstd = (var + spec.eps).rsqrt_()
-    if not _in_reach(mean, rstd, spec.eps):
-        return plainly()
-    _move(running, mean, var)
-    scale, shift = _coefficients(x, weight, bias, labels, mean, rstd, spec)
-    inplace = not torch.is_grad_enabled()
-    y = finish(_scaled(x, scale, shift, out), residual, spec, inplace)
-    return y, torch.stack((mean, torch.zeros_like(mean), rstd, var)).to(x.dtype)
+        kept += [mean := given[0].to(dtype).contiguous(), var := given[1].to(dtype).contiguous()]
+        p.mean, p.var = mean.data_ptr(), var.data_ptr()
+    if running is not None:
+        p.running_mean, p.running_var = (_pointed(t) for t in running[:2])
+        p.momentum, p.bessel = running[2:]
+    _run("norm_forward", p)
+    return y, stats
 
 
 def backward(
@@ -225,75 +187,27 @@ def backward(
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """As `reference.backward`; no g where nobody needs it."""
-    mean, _, rstd, _ = stats
-    usable = _usable(x) and dy.dtype == x.dtype
-    if labels is None or not usable or not _in_reach(mean, rstd, spec.eps):
-        return reference.backward(
-            dy, x, weight, bias, labels, residual, stats, spec, given, need_dx
-        )
-    n, c, s = x.shape
-    scale, shift = _coefficients(x, weight, bias, labels, mean, rstd, spec)
-    g = dy.contiguous()
-    if spec.activation is not None:
-        pre = _scaled(x, scale, shift, torch.empty_like(x))
-        if residual is not None:
-            pre.add_(residual)
-        g = reference.activation_grad(g, pre, spec)
-    # Every plane a group of its own: the sums of g * x_hat and of g over each.
-    mean, rstd = (_planes(t, n, c, spec.groups).expand(n, c) for t in (mean, rstd))
-    flat = (t.reshape(1, n * c) for t in (mean, rstd))
-    sums = aten.native_group_norm_backward(
-        g, x, *flat, None, 1, n * c, s, n * c, [False, True, True]
-    )
-    gx_sum, g_sum = (t.view(n, c) for t in sums[1:])
-    dx = None
-    if need_dx and given:
-        dx = g * scale.unsqueeze(-1)
-    elif need_dx:
-        gain = table_rows(weight, labels, torch.float64)
-        a, b = ((t if gain is None else t * gain.squeeze(-1)).double() / s for t in (g_sum, gx_sum))
-        if spec.groups == 0:
-            a, b = (t.mean(0, keepdim=True).expand(n, c) for t in (a, b))
-        slope = -b * rstd.double().square()
-        start = -a * rstd.double() - slope * mean.double()
-        # Over g where it is ours and not the residual's gradient: new memory costs as much again.
-        ours = spec.activation is not None and residual is None
-        dx = _scaled(g, scale, start, g if ours else torch.empty_like(x))
-        dx.addcmul_(x, slope.to(x.dtype).expand(n, c).unsqueeze(-1))
-    dweight = reference.table_grad(gx_sum, weight, labels)
-    return dx, dweight, reference.table_grad(g_sum, bias, labels), None if dx is g else g
-
-
-def _planes(stat: Tensor, n: int, c: int, groups: int) -> Tensor:
-    """Statistics (C,) or (N, C) as (1, C) or (N, C)."""
-    return stat.unsqueeze(0) if groups == 0 else stat
-
-
-def _scaled(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
-    """x * scale + shift into `out`: one number for each plane (N, C)."""
-    n, c, s = x.shape
-    rows, written = (t.view(1, n * c, s) for t in (x, out))
-    _affine(rows, scale.reshape(n * c), shift.reshape(n * c), written)
-    return out
-
-
-def _affine(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-    """x (N, C, ...) * scale + shift (C,) into `out`, which may be x."""
-    zeros, ones = x.new_zeros(len(scale)), x.new_ones(len(scale))
-    rest = x.new_empty(0), x.new_empty(0)
-    torch.native_batch_norm(
-        x, scale.to(x.dtype), shift.to(x.dtype), zeros, ones, False, 0.0, 0.0, out=(out, *rest)
-    )
-
-
-def _coefficients(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, labels: Tensor,
-    mean: Tensor, rstd: Tensor, spec: NormSpec,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Scale and shift of every plane (N, C); rounded once."""
+    kept: list[Any] = [stats]
     n, c, _ = x.shape
-    gain, offset = (table_rows(t, labels, torch.float64) for t in (weight, bias))
-    mean, scale = (_planes(t, n, c, spec.groups).double() for t in (mean, rstd))
-    scale = (scale if gain is None else scale * gain.squeeze(-1)).to(x.dtype).expand(n, c)
-    shift = -mean * scale
-    return scale, (shift if offset is None else shift + offset.squeeze(-1)).to(x.dtype)
+    x, dy = _dense(x), _dense(dy.to(x.dtype))
+    p = _norm(x, weight, bias, labels, residual, spec, kept)
+    p.stats = stats.data_ptr()
+    p.dy = _described(dy)
+    sums = torch.empty(2, n, c, dtype=torch.float64)
+    p.sums = sums.data_ptr()
+    dx, g = (torch.empty(x.shape, dtype=x.dtype) if wanted else None
+             for wanted in (need_dx, residual is not None))  # fmt: skip
+    if dx is not None:
+        p.dx = _described(dx)
+    if g is not None:
+        p.g = _described(g)
+    if given:
+        p.mean = stats.data_ptr()  # to say that they were
+    grads = [None if t is None else stats.new_zeros(t.shape) for t in (weight, bias)]
+    p.dweight, p.dbias = (_pointed(t) for t in grads)
+    _run("norm_backward", p)
+    dweight, dbias = (
+        None if grad is None or t is None else grad.to(t.dtype)
+        for grad, t in zip(grads, (weight, bias), strict=True)
+    )
+    return dx, dweight, dbias, g

@@ -31,7 +31,7 @@ def use_backend(name: str) -> Iterator[None]:
         if name != "composed":
             yield
         else:
-            with mock.patch.object(native, "_usable", lambda x: False):
+            with mock.patch.object(native, "serves", lambda x: False):
                 yield
 
 

@@ -108,20 +108,23 @@ def test_a_gradient_of_stride_0(backend, op):
 def test_offsets(backend, op, offset):
     """Unit variance far from 0: never worse than torch, by far better at large offsets."""
     ours, theirs = OPS[op]
-    errors = {"ours": [], "torch": []}
-    for seed in range(4):
+    errors, rms = {"ours": [], "torch": []}, {"ours": 0.0, "torch": 0.0}
+    for seed in range(12 if backend == "torch" else 4):
         torch.manual_seed(seed)
         x = (torch.randn(3, 4, 32, 40).double() + offset).float()
         w, b = torch.randn(3, 4), torch.randn(3, 4)
         oracle = theirs(x.double(), w.double(), b.double())
         with use_backend(backend):
-            errors["ours"].append((ours(x, w, b) - oracle).abs().max())
-        errors["torch"].append((theirs(x, w, b) - oracle).abs().max())
+            made = {"ours": ours(x, w, b), "torch": theirs(x, w, b)}
+        for who, y in made.items():
+            errors[who].append((y - oracle).abs().max())
+            rms[who] += float((y - oracle).square().mean().sqrt())
     limit = max(errors["torch"])
-    # torch has no conditional op, only its own norm and two more; the composition is what the
-    # compiler fuses, not what an eager call takes. Both are right to the last place.
-    if op.startswith("conditional") or backend == "composed":
+    # The largest of all errors is a matter of luck near 0, where both are right to the last place.
+    if op.startswith("conditional") or backend != "triton":
         limit += 2 * torch.finfo(torch.float32).eps * float(oracle.abs().max())
+    if backend == "torch":
+        assert rms["ours"] <= rms["torch"]
     assert max(errors["ours"]) <= limit
     assert max(errors["ours"]) < 5e-6  # at 1e6 torch's is 1e-2 to 1e-1
 

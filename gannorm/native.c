@@ -1,0 +1,182 @@
+/* Every norm on a CPU, forward and backward (see native.py).
+ *
+ * x is (N, C, S), every sample dense. A set is what shares a mean and a variance: one channel of
+ * the batch (groups = 0), or C / groups channels of one sample. A unit is whole sets: channels side
+ * by side, of one sample or of all. A thread takes a unit, and finds it in its cache when it looks
+ * a second time; where there are too few units, pieces are dealt out instead. A piece has at most
+ * PIECE elements; sums are REAL inside a piece and double across pieces, and are added up in one
+ * order, whatever the number of threads.
+ *
+ * REAL is float, to which half types are converted by the piece, and double.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+  PIECE = 2048,
+  SHORT = 1024,  /* planes up to this size are added up side by side in a batch's statistics */
+  LANES = 32,    /* sums side by side */
+  NARROW = 16,   /* planes below this size get their coefficients element by element */
+  SERIAL = 16384 /* fewer elements than that are not worth a second thread */
+};
+enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+enum { NONE, RELU, LEAKY_RELU, SILU };
+
+/* A tensor (N, C, S) of its dtype, and how many elements lie from one sample to the next. */
+typedef struct {
+  char *data; /* NULL: there is none */
+  int64_t sample;
+} Tensor;
+
+typedef struct {
+  int64_t n, c, s, groups;
+  int64_t dtype, activation, residual_after, threads;
+  double eps, slope, momentum, bessel;
+  Tensor x, residual, y, dy, dx, g;
+  void *stats;                      /* (4, sets): mean, its rounding error, 1 / std, variance */
+  const void *mean, *var;           /* (C,) given in place of the input's own */
+  const void *weight, *bias;        /* (K, C) */
+  const int64_t *labels;            /* (N,), or NULL: row 0 for all */
+  void *running_mean, *running_var; /* (C,) */
+  void *dweight, *dbias;            /* (K, C), zeros to begin with */
+  double *rstd; /* forward: (sets,), 1 / std before it is rounded */
+  double *sums; /* backward: (2, N, C): of g * x_hat and of g over each plane */
+} Norm;
+
+#define INLINE static inline __attribute__((always_inline))
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t parts(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static int64_t sets_of(const Norm *p) { return p->groups ? p->n * p->groups : p->c; }
+static int64_t channels_of(const Norm *p) { return p->groups ? p->c / p->groups : 1; } /* a set's */
+static int64_t values_of(const Norm *p) { return (p->groups ? channels_of(p) : p->n) * p->s; }
+static int is_parallel(const Norm *p) { return p->threads > 1 && p->n * p->c * p->s >= SERIAL; }
+
+/* Samples [n0, n1), channels [c0, c0 + count). */
+typedef struct {
+  int64_t n0, n1, c0, count;
+} Unit;
+
+/* Channels of a unit: what a piece holds of them, and not more than a thread's share. */
+static int64_t width_of(const Norm *p) {
+  int64_t own = channels_of(p), most = PIECE / (own * p->s);
+  if (p->groups == 0) most = least(most, parts(p->c, 2 * p->threads));
+  return own * (most > 1 ? most : 1);
+}
+
+static int64_t units_of(const Norm *p) {
+  return parts(p->c, width_of(p)) * (p->groups ? p->n : 1);
+}
+
+static Unit unit_of(const Norm *p, int64_t i) {
+  int64_t width = width_of(p), row = parts(p->c, width), n = i / row, c0 = i % row * width;
+  Unit u = {p->groups ? n : 0, p->groups ? n + 1 : p->n, c0, least(width, p->c - c0)};
+  return u;
+}
+
+static int64_t set_of(const Norm *p, int64_t n, int64_t c) {
+  return p->groups ? n * p->groups + c / channels_of(p) : c;
+}
+
+/* A batch's statistics over short planes: of many planes side by side. */
+static int is_short(const Norm *p) { return p->groups == 0 && p->s <= SHORT; }
+
+static int by_units(const Norm *p) {
+  return p->threads == 1 || is_short(p) || units_of(p) >= 4 * p->threads;
+}
+
+/* What one step works on: whole planes side by side, or elements [start, start + count) of one. */
+typedef struct {
+  int64_t n, c, planes, start, count;
+} Cut;
+
+static int64_t planes_of(const Norm *p) { return p->s < PIECE ? PIECE / p->s : 1; } /* a cut's */
+
+static void walk(const Norm *p, Unit u, void (*step)(const Norm *, Cut, double *), double *extra) {
+  int64_t planes = planes_of(p), end = u.c0 + u.count;
+  for (int64_t n = u.n0; n < u.n1; n++)
+    for (int64_t c = u.c0; c < end; c += planes)
+      for (int64_t start = 0; start < p->s; start += PIECE) {
+        Cut at = {n, c, least(planes, end - c), start, least(PIECE, p->s - start)};
+        step(p, at, extra);
+      }
+}
+
+static int64_t cuts_of(const Norm *p) {
+  return p->n * parts(p->c, planes_of(p)) * parts(p->s, PIECE);
+}
+
+static Cut cut_of(const Norm *p, int64_t k) {
+  int64_t chunks = parts(p->s, PIECE), planes = planes_of(p), row = parts(p->c, planes);
+  int64_t start = k % chunks * PIECE, c = k / chunks % row * planes;
+  Cut at = {k / chunks / row, c, least(planes, p->c - c), start, least(PIECE, p->s - start)};
+  return at;
+}
+
+static char *at(const Norm *p, const Tensor *t, int64_t n, int64_t c, int64_t start, int64_t size) {
+  return t->data + size * (n * t->sample + c * p->s + start);
+}
+
+static inline float widen(uint16_t half) {
+  uint32_t bits = (uint32_t)half << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+static inline uint16_t narrow(float value) { /* to nearest, ties to even */
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)rounded;
+}
+
+/* 1 / (1 + exp(-x)), which compilers turn into vector code; exp to 2 units in the last place. */
+static inline float sigmoid_float(float x) {
+  x = -x;
+  x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+  float whole = x * 1.44269504f + 12582912.0f, power; /* 1.5 * 2^23: rounds to an integer */
+  int32_t bits;
+  memcpy(&bits, &whole, 4);
+  whole -= 12582912.0f;
+  float f = x - whole * 0.693145752f - whole * 1.42860677e-6f; /* ln 2 in two parts */
+  bits = (int32_t)((uint32_t)(bits + 127) << 23);
+  memcpy(&power, &bits, 4);
+  float e = 1.0f + f * (1.0f + f * (0.5f + f * (0.166666667f + f * (0.0416666667f +
+            f * (0.00833333333f + f * 0.00138888889f)))));
+  return 1.0f / (1.0f + e * power);
+}
+
+static inline double sigmoid_double(double x) { return 1.0 / (1.0 + exp(-x)); }
+
+#define REAL float
+#define OWN FLOAT32
+#define NAME(name) name##_float
+#include "native_real.c"
+#undef REAL
+#undef OWN
+#undef NAME
+#define REAL double
+#define OWN FLOAT64
+#define NAME(name) name##_double
+#include "native_real.c"
+
+int norm_float16(void) {
+#ifdef __FLT16_MANT_DIG__
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+int norm_forward(const Norm *p) {
+  return p->dtype == FLOAT64 ? forward_double(p) : forward_float(p);
+}
+
+int norm_backward(const Norm *p) {
+  return p->dtype == FLOAT64 ? backward_double(p) : backward_float(p);
+}

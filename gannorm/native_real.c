@@ -1,0 +1,542 @@
+/* The part of native.c that depends on the arithmetic: included once for every REAL. */
+
+/* `count` elements of t from `start` on as REAL: where they lie, or converted into `buffer`. */
+static const REAL *NAME(load)(const Norm *p, const Tensor *t, int64_t n, int64_t c, int64_t start,
+                              int64_t count, REAL *restrict buffer) {
+  if (p->dtype == OWN) return (const REAL *)at(p, t, n, c, start, sizeof(REAL));
+  const char *from = at(p, t, n, c, start, 2);
+  if (p->dtype == BFLOAT16) {
+    const uint16_t *restrict half = (const uint16_t *)from;
+    for (int64_t i = 0; i < count; i++) buffer[i] = widen(half[i]);
+  }
+#ifdef __FLT16_MANT_DIG__
+  if (p->dtype == FLOAT16) {
+    const _Float16 *restrict half = (const _Float16 *)from;
+    for (int64_t i = 0; i < count; i++) buffer[i] = half[i];
+  }
+#endif
+  return buffer;
+}
+
+/* Where to write elements of t: in place, or into `buffer`, which `store` converts. */
+static REAL *NAME(target)(const Norm *p, const Tensor *t, int64_t n, int64_t c, int64_t start,
+                          REAL *buffer) {
+  return p->dtype == OWN ? (REAL *)at(p, t, n, c, start, sizeof(REAL)) : buffer;
+}
+
+static void NAME(store)(const Norm *p, const Tensor *t, int64_t n, int64_t c, int64_t start,
+                        int64_t count, const REAL *restrict buffer) {
+  if (p->dtype == OWN) return;
+  char *to = at(p, t, n, c, start, 2);
+  if (p->dtype == BFLOAT16) {
+    uint16_t *restrict half = (uint16_t *)to;
+    for (int64_t i = 0; i < count; i++) half[i] = narrow(buffer[i]);
+  }
+#ifdef __FLT16_MANT_DIG__
+  if (p->dtype == FLOAT16) {
+    _Float16 *restrict half = (_Float16 *)to;
+    for (int64_t i = 0; i < count; i++) half[i] = (_Float16)buffer[i];
+  }
+#endif
+}
+
+/* ---- statistics */
+
+typedef struct {
+  double seen, mean, squares; /* squares: around the mean */
+} NAME(Moments);
+
+/* Chan's merge. Equal means stay what they are. */
+static void NAME(merge)(NAME(Moments) *a, NAME(Moments) b) {
+  double total = a->seen + b.seen, share = b.seen / total, delta = b.mean - a->mean;
+  if (a->seen == 0) {
+    *a = b;
+    return;
+  }
+  a->squares += b.squares + delta * delta * (a->seen * share);
+  a->mean += delta * share;
+  a->seen = total;
+}
+
+/* Sums run side by side in LANES, so that they wait less for each other (and err less). */
+static REAL NAME(total)(REAL *sums) {
+  for (int half = LANES / 2; half; half /= 2)
+    for (int k = 0; k < half; k++) sums[k] += sums[k + half];
+  return sums[0];
+}
+
+/* Twice over values that lie in the cache, around the first of them and then around nearly the
+ * mean: nothing cancels, however far from 0 they are. */
+static NAME(Moments) NAME(moments)(const REAL *restrict a, int64_t count) {
+  REAL first = a[0], middle, sum = 0, square = 0, sums[LANES] = {0}, squares[LANES] = {0};
+  int64_t whole = count < 4 * LANES ? 0 : count - count % LANES;
+  for (int64_t i = 0; i < whole; i += LANES)
+    for (int k = 0; k < LANES; k++) sums[k] += a[i + k] - first;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = whole; i < count; i++) sum += a[i] - first;
+  middle = first + (whole ? sum + NAME(total)(sums) : sum) / count;
+  memset(sums, 0, sizeof(sums));
+  sum = 0;
+  for (int64_t i = 0; i < whole; i += LANES)
+    for (int k = 0; k < LANES; k++) {
+      REAL d = a[i + k] - middle;
+      sums[k] += d;
+      squares[k] += d * d;
+    }
+#pragma omp simd reduction(+ : sum, square)
+  for (int64_t i = whole; i < count; i++) {
+    REAL d = a[i] - middle;
+    sum += d;
+    square += d * d;
+  }
+  if (whole) sum += NAME(total)(sums), square += NAME(total)(squares);
+  NAME(Moments) m = {count, (double)middle + (double)sum / count,
+                     square - (double)sum * sum / count};
+  if (isfinite(m.squares)) return m;
+  double wide = 0, d; /* squares beyond REAL, or NaN or Inf among the values */
+  for (int64_t i = 0; i < count; i++) wide += a[i];
+  m.mean = wide / count;
+  m.squares = 0;
+  for (int64_t i = 0; i < count; i++) d = a[i] - m.mean, m.squares += d * d;
+  return m;
+}
+
+/* Piece k of set i, whose first plane is (n, c). */
+static NAME(Moments) NAME(piece)(const Norm *p, int64_t n, int64_t c, int64_t k) {
+  REAL buffer[PIECE];
+  int64_t run = p->groups ? channels_of(p) * p->s : p->s, chunks = parts(run, PIECE);
+  int64_t start = k % chunks * PIECE, count = least(PIECE, run - start);
+  return NAME(moments)(NAME(load)(p, &p->x, n + k / chunks, c, start, count, buffer), count);
+}
+
+static int64_t NAME(pieces)(const Norm *p) {
+  return p->groups ? parts(values_of(p), PIECE) : p->n * parts(p->s, PIECE);
+}
+
+/* All sets of a unit of short planes: column by column down the samples, as `moments` otherwise. */
+static void NAME(columns)(const Norm *p, Unit u, NAME(Moments) *found) {
+  enum { SAMPLES = 64 };
+  REAL buffer[PIECE], middle[PIECE], sum[PIECE], square[PIECE];
+  int64_t s = p->s, width = u.count * s;
+  for (int64_t j = 0; j < u.count; j++) found[j].seen = 0;
+  for (int64_t n0 = 0; n0 < p->n; n0 += SAMPLES) {
+    int64_t n1 = least(n0 + SAMPLES, p->n);
+    double count = (double)(n1 - n0) * s;
+    const REAL *top = NAME(load)(p, &p->x, n0, u.c0, 0, width, buffer);
+    for (int64_t j = 0; j < u.count; j++)
+      for (int64_t i = 0; i < s; i++) middle[j * s + i] = top[j * s];
+    memset(sum, 0, width * sizeof(REAL));
+    memset(square, 0, width * sizeof(REAL));
+    for (int64_t n = n0; n < n1; n++) {
+      const REAL *restrict a = NAME(load)(p, &p->x, n, u.c0, 0, width, buffer);
+      for (int64_t i = 0; i < width; i++) sum[i] += a[i] - middle[i];
+    }
+    for (int64_t j = 0; j < u.count; j++) {
+      double total = 0;
+      for (int64_t i = j * s; i < (j + 1) * s; i++) total += sum[i];
+      REAL around = middle[j * s] + (REAL)(total / count);
+      for (int64_t i = j * s; i < (j + 1) * s; i++) middle[i] = around;
+    }
+    memset(sum, 0, width * sizeof(REAL));
+    for (int64_t n = n0; n < n1; n++) {
+      const REAL *restrict a = NAME(load)(p, &p->x, n, u.c0, 0, width, buffer);
+      for (int64_t i = 0; i < width; i++) {
+        REAL d = a[i] - middle[i];
+        sum[i] += d;
+        square[i] += d * d;
+      }
+    }
+    for (int64_t j = 0; j < u.count; j++) {
+      double total = 0, squares = 0;
+      for (int64_t i = j * s; i < (j + 1) * s; i++) total += sum[i], squares += square[i];
+      NAME(Moments) m = {count, middle[j * s] + total / count, squares - total * total / count};
+      if (!isfinite(m.squares)) { /* plane by plane then */
+        m.seen = 0;
+        for (int64_t n = n0; n < n1; n++) NAME(merge)(&m, NAME(piece)(p, n, u.c0 + j, 0));
+      }
+      NAME(merge)(found + j, m);
+    }
+  }
+}
+
+static void NAME(finish_set)(const Norm *p, int64_t i, double mean, double var) {
+  REAL *stats = (REAL *)p->stats;
+  int64_t sets = sets_of(p);
+  REAL rounded = (REAL)mean;
+  stats[i] = rounded;
+  stats[sets + i] = (REAL)(mean - rounded);
+  p->rstd[i] = 1.0 / sqrt(var + p->eps);
+  stats[2 * sets + i] = (REAL)p->rstd[i];
+  stats[3 * sets + i] = (REAL)var;
+  REAL *m = (REAL *)p->running_mean, *v = (REAL *)p->running_var, spread = (REAL)(var * p->bessel);
+  if ((m && !isfinite(rounded)) || (v && !isfinite(spread))) return;
+  if (m) m[i] += (REAL)p->momentum * (rounded - m[i]);
+  if (v) v[i] += (REAL)p->momentum * (spread - v[i]);
+}
+
+/* ---- (x - mean) * scale + shift, and what follows */
+
+/* Coefficients of a cut: for each plane, the first three for each element where planes are narrow.
+ * x_hat = (x - center) * rstd - lag. */
+typedef struct {
+  REAL mean[PIECE], scale[PIECE], shift[PIECE];
+  REAL center[PIECE], rstd[PIECE], lag[PIECE], gain[PIECE];
+} NAME(Affine);
+
+/* One number for each plane as one for each element, from the back: in place. */
+static void NAME(spread)(REAL *a, Cut at) {
+  if (at.count >= NARROW) return;
+  for (int64_t j = at.planes - 1; j >= 0; j--) {
+    REAL value = a[j];
+    for (int64_t i = at.count - 1; i >= 0; i--) a[j * at.count + i] = value;
+  }
+}
+
+static void NAME(describe)(const Norm *p, Cut at, NAME(Affine) *a) {
+  int64_t n = at.n, c0 = at.c, count = at.planes;
+  int64_t sets = sets_of(p), own = channels_of(p), row = (p->labels ? p->labels[n] : 0) * p->c + c0;
+  int64_t first = set_of(p, n, c0);
+  const REAL *stats = (const REAL *)p->stats + first;
+  const REAL *restrict weight = p->weight ? (const REAL *)p->weight + row : NULL;
+  const REAL *restrict bias = p->bias ? (const REAL *)p->bias + row : NULL;
+  if (own == 1) {
+    memcpy(a->center, stats, count * sizeof(REAL));
+    memcpy(a->rstd, stats + 2 * sets, count * sizeof(REAL));
+    for (int64_t j = 0; j < count; j++) a->lag[j] = stats[sets + j] * stats[2 * sets + j];
+  } else {
+    for (int64_t j = 0; j < count; stats++)
+      for (int64_t end = least(count, (c0 + j) / own * own + own - c0); j < end; j++) {
+        a->center[j] = *stats;
+        a->rstd[j] = stats[2 * sets];
+        a->lag[j] = stats[sets] * stats[2 * sets];
+      }
+  }
+  for (int64_t j = 0; j < count; j++) a->gain[j] = weight ? weight[j] : 1;
+  for (int64_t j = 0; j < count; j++) a->scale[j] = a->rstd[j] * a->gain[j];
+  if (p->rstd) /* rounded once */
+    for (int64_t j = 0; j < count; j++)
+      a->scale[j] = (REAL)(p->rstd[own == 1 ? first + j : set_of(p, n, c0 + j)] * a->gain[j]);
+  for (int64_t j = 0; j < count; j++) {
+    REAL mean = a->center[j], shift = bias ? bias[j] : 0;
+    /* Near 0 nothing cancels in x * scale + shift, which rounds once less. */
+    int near = fabs((double)mean) * a->rstd[j] < 2;
+    a->mean[j] = near ? 0 : mean;
+    a->shift[j] = (REAL)(shift - (double)a->lag[j] * a->gain[j] -
+                         (near ? (double)mean * a->scale[j] : 0));
+  }
+  NAME(spread)(a->mean, at);
+  NAME(spread)(a->scale, at);
+  NAME(spread)(a->shift, at);
+}
+
+static inline REAL NAME(activate)(REAL v, int64_t activation, REAL slope) {
+  if (activation == RELU) return v < 0 ? 0 : v; /* NaN stays NaN */
+  if (activation == LEAKY_RELU) return v > 0 ? v : v * slope;
+  if (activation == SILU) return v * NAME(sigmoid)(v);
+  return v;
+}
+
+static inline REAL NAME(slope_at)(REAL v, int64_t activation, REAL slope) {
+  if (activation == RELU) return v <= 0 ? 0 : 1;
+  if (activation == LEAKY_RELU) return v > 0 ? 1 : slope;
+  if (activation == SILU) {
+    REAL s = NAME(sigmoid)(v);
+    return s * (1 + v * (1 - s));
+  }
+  return 1;
+}
+
+/* One plane, or (`each`) elements with coefficients of their own. */
+INLINE void NAME(apply_plane)(const REAL *restrict x, const REAL *restrict r, REAL *restrict y,
+                              int64_t count, const REAL *restrict mean, const REAL *restrict scale,
+                              const REAL *restrict shift, int each, int64_t activation, int after,
+                              REAL slope) {
+  REAL m = *mean, a = *scale, b = *shift;
+#define PRE ((x[i] - (each ? mean[i] : m)) * (each ? scale[i] : a) + (each ? shift[i] : b))
+  if (!r)
+    for (int64_t i = 0; i < count; i++) y[i] = NAME(activate)(PRE, activation, slope);
+  else if (after)
+    for (int64_t i = 0; i < count; i++) y[i] = NAME(activate)(PRE, activation, slope) + r[i];
+  else
+    for (int64_t i = 0; i < count; i++) y[i] = NAME(activate)(PRE + r[i], activation, slope);
+}
+
+INLINE void NAME(apply_planes)(const REAL *x, const REAL *r, REAL *y, int64_t planes, int64_t s,
+                               const NAME(Affine) *a, int64_t activation, int after, REAL slope) {
+  if (s < NARROW)
+    NAME(apply_plane)(x, r, y, planes * s, a->mean, a->scale, a->shift, 1, activation, after,
+                      slope);
+  else
+    for (int64_t j = 0; j < planes; j++)
+      NAME(apply_plane)(x + j * s, r ? r + j * s : NULL, y + j * s, s, a->mean + j, a->scale + j,
+                        a->shift + j, 0, activation, after, slope);
+}
+
+static void NAME(apply)(const Norm *p, Cut at, double *unused) {
+  REAL bx[PIECE], br[PIECE], by[PIECE], slope = (REAL)p->slope;
+  int64_t n = at.n, c = at.c, planes = at.planes, start = at.start, count = at.count;
+  (void)unused;
+  NAME(Affine) a;
+  NAME(describe)(p, at, &a);
+  int64_t all = planes * count;
+  const REAL *x = NAME(load)(p, &p->x, n, c, start, all, bx), *r = NULL;
+  if (p->residual.data) r = NAME(load)(p, &p->residual, n, c, start, all, br);
+  REAL *y = NAME(target)(p, &p->y, n, c, start, by);
+  int after = (int)p->residual_after;
+  switch (p->activation) {
+    case RELU: NAME(apply_planes)(x, r, y, planes, count, &a, RELU, after, slope); break;
+    case LEAKY_RELU:
+      NAME(apply_planes)(x, r, y, planes, count, &a, LEAKY_RELU, after, slope);
+      break;
+    case SILU: NAME(apply_planes)(x, r, y, planes, count, &a, SILU, after, slope); break;
+    default: NAME(apply_planes)(x, r, y, planes, count, &a, NONE, after, slope);
+  }
+  NAME(store)(p, &p->y, n, c, start, all, y);
+}
+
+static void NAME(forward_unit)(const Norm *p, Unit u) {
+  NAME(Moments) found[PIECE];
+  int64_t own = channels_of(p), sets = u.count / own, first = set_of(p, u.n0, u.c0);
+  if (is_short(p))
+    NAME(columns)(p, u, found);
+  else
+    for (int64_t i = 0; i < sets; i++) {
+      found[i].seen = 0;
+      for (int64_t k = 0; k < NAME(pieces)(p); k++)
+        NAME(merge)(found + i, NAME(piece)(p, u.n0, u.c0 + i * own, k));
+    }
+  for (int64_t i = 0; i < sets; i++)
+    NAME(finish_set)(p, first + i, found[i].mean, found[i].squares / found[i].seen);
+  walk(p, u, NAME(apply), NULL);
+}
+
+static int NAME(forward)(const Norm *p) {
+  int64_t sets = sets_of(p), pieces = NAME(pieces)(p), own = channels_of(p);
+  if (!p->mean && by_units(p)) {
+#pragma omp parallel for num_threads(p->threads) if (is_parallel(p))
+    for (int64_t i = 0; i < units_of(p); i++) NAME(forward_unit)(p, unit_of(p, i));
+    return 0;
+  }
+  if (p->mean) {
+    const REAL *mean = (const REAL *)p->mean, *var = (const REAL *)p->var;
+    for (int64_t i = 0; i < sets; i++) NAME(finish_set)(p, i, mean[i], var[i]);
+  } else {
+    NAME(Moments) *part = malloc(sets * pieces * sizeof(*part));
+    if (!part) return 1;
+#pragma omp parallel for num_threads(p->threads) if (is_parallel(p))
+    for (int64_t k = 0; k < sets * pieces; k++) {
+      int64_t i = k / pieces, n = p->groups ? i / p->groups : 0;
+      int64_t c = p->groups ? i % p->groups * own : i;
+      part[k] = NAME(piece)(p, n, c, k % pieces);
+    }
+    for (int64_t i = 0; i < sets; i++) {
+      NAME(Moments) *m = part + i * pieces;
+      for (int64_t k = 1; k < pieces; k++) NAME(merge)(m, m[k]);
+      NAME(finish_set)(p, i, m->mean, m->squares / m->seen);
+    }
+    free(part);
+  }
+#pragma omp parallel for num_threads(p->threads) if (is_parallel(p))
+  for (int64_t k = 0; k < cuts_of(p); k++) NAME(apply)(p, cut_of(p, k), NULL);
+  return 0;
+}
+
+/* ---- backward: g is dy behind the activation */
+
+INLINE void NAME(slope_plane)(const REAL *restrict x, const REAL *restrict r,
+                              const REAL *restrict dy, REAL *restrict g, int64_t count,
+                              const REAL *restrict mean, const REAL *restrict scale,
+                              const REAL *restrict shift, int each, int64_t activation,
+                              REAL slope) {
+  REAL m = *mean, a = *scale, b = *shift;
+  if (!r)
+    for (int64_t i = 0; i < count; i++) g[i] = dy[i] * NAME(slope_at)(PRE, activation, slope);
+  else
+    for (int64_t i = 0; i < count; i++)
+      g[i] = dy[i] * NAME(slope_at)(PRE + r[i], activation, slope);
+}
+#undef PRE
+
+INLINE void NAME(slope_planes)(const REAL *x, const REAL *r, const REAL *dy, REAL *g,
+                               int64_t planes, int64_t s, const NAME(Affine) *a,
+                               int64_t activation, REAL slope) {
+  if (s < NARROW)
+    NAME(slope_plane)(x, r, dy, g, planes * s, a->mean, a->scale, a->shift, 1, activation, slope);
+  else
+    for (int64_t j = 0; j < planes; j++)
+      NAME(slope_plane)(x + j * s, r ? r + j * s : NULL, dy + j * s, g + j * s, s, a->mean + j,
+                        a->scale + j, a->shift + j, 0, activation, slope);
+}
+
+/* g of a cut: dy itself where there is no activation, else in `buffer`. */
+static const REAL *NAME(gradient)(const Norm *p, Cut at, const NAME(Affine) *a, const REAL *x,
+                                  REAL *buffer) {
+  REAL br[PIECE], bd[PIECE], slope = (REAL)p->slope;
+  int64_t n = at.n, c = at.c, start = at.start, planes = at.planes, count = at.count;
+  int64_t all = planes * count;
+  if (p->activation == NONE) return NAME(load)(p, &p->dy, n, c, start, all, buffer);
+  const REAL *dy = NAME(load)(p, &p->dy, n, c, start, all, bd), *r = NULL;
+  if (p->residual.data) r = NAME(load)(p, &p->residual, n, c, start, all, br);
+  switch (p->activation) {
+    case RELU: NAME(slope_planes)(x, r, dy, buffer, planes, count, a, RELU, slope); break;
+    case LEAKY_RELU:
+      NAME(slope_planes)(x, r, dy, buffer, planes, count, a, LEAKY_RELU, slope);
+      break;
+    default: NAME(slope_planes)(x, r, dy, buffer, planes, count, a, SILU, slope);
+  }
+  return buffer;
+}
+
+INLINE void NAME(sum_planes)(const REAL *x, const REAL *g, int64_t planes, int64_t s, int64_t start,
+                             const NAME(Affine) *a, double *gx_sum, double *g_sum) {
+  for (int64_t j = 0; j < planes; j++) {
+    const REAL *restrict xs = x + j * s, *restrict gs = g + j * s;
+    REAL sum = 0, product = 0, mean = a->center[j], rstd = a->rstd[j];
+#pragma omp simd reduction(+ : sum, product)
+    for (int64_t i = 0; i < s; i++) {
+      sum += gs[i];
+      product += gs[i] * ((xs[i] - mean) * rstd);
+    }
+    gx_sum[j] = (start ? gx_sum[j] : 0) + ((double)product - (double)a->lag[j] * sum);
+    g_sum[j] = (start ? g_sum[j] : 0) + sum;
+  }
+}
+
+/* Every plane's sums of g * x_hat and of g, into to[n, c] and behind all of those; a later part of
+ * a plane is added. An inner residual's gradient is g. */
+static void NAME(sum)(const Norm *p, Cut at, double *to) {
+  REAL bx[PIECE], bg[PIECE];
+  int64_t n = at.n, c = at.c, start = at.start, s = at.count, all = at.planes * s;
+  double *gx_sum = to + n * p->c + c, *g_sum = gx_sum + p->n * p->c;
+  NAME(Affine) a;
+  NAME(describe)(p, at, &a);
+  const REAL *x = NAME(load)(p, &p->x, n, c, start, all, bx);
+  const REAL *g = NAME(gradient)(p, at, &a, x, bg);
+  if (s == 16)
+    NAME(sum_planes)(x, g, at.planes, 16, start, &a, gx_sum, g_sum);
+  else if (s == 64)
+    NAME(sum_planes)(x, g, at.planes, 64, start, &a, gx_sum, g_sum);
+  else
+    NAME(sum_planes)(x, g, at.planes, s, start, &a, gx_sum, g_sum);
+  if (!p->g.data) return;
+  REAL *out = NAME(target)(p, &p->g, n, c, start, bg);
+  if (out != g) memcpy(out, g, all * sizeof(REAL));
+  NAME(store)(p, &p->g, n, c, start, all, out);
+}
+
+/* What dx takes off gain * g: the means over a set of that, and of that times x_hat: (sets, 2). */
+static void NAME(average)(const Norm *p, Unit u, double *means) {
+  int64_t own = channels_of(p), sets = u.count / own;
+  double *to = means + 2 * set_of(p, u.n0, u.c0);
+  memset(to, 0, 2 * sets * sizeof(double));
+  for (int64_t n = u.n0; n < u.n1; n++) {
+    const double *gx_sum = p->sums + n * p->c + u.c0, *g_sum = gx_sum + p->n * p->c;
+    const REAL *gain = (const REAL *)p->weight;
+    if (gain) gain += (p->labels ? p->labels[n] : 0) * p->c + u.c0;
+    for (int64_t i = 0, j = 0; i < sets; i++)
+      for (int64_t end = j + own; j < end; j++) {
+        to[2 * i] += (gain ? gain[j] : 1) * g_sum[j];
+        to[2 * i + 1] += (gain ? gain[j] : 1) * gx_sum[j];
+      }
+  }
+  for (int64_t i = 0; i < 2 * sets; i++) to[i] /= values_of(p);
+}
+
+static void NAME(dx)(const Norm *p, Cut at, double *means) {
+  REAL bx[PIECE], bg[PIECE], bo[PIECE], slope[PIECE], offset[PIECE];
+  int64_t n = at.n, c = at.c, start = at.start, s = at.count, planes = at.planes;
+  int64_t all = planes * s;
+  NAME(Affine) a;
+  NAME(describe)(p, at, &a);
+  const REAL *restrict x = NAME(load)(p, &p->x, n, c, start, all, bx);
+  const REAL *restrict g = NAME(gradient)(p, at, &a, x, bg);
+  int64_t own = channels_of(p), first = set_of(p, n, c);
+  REAL *restrict dx = NAME(target)(p, &p->dx, n, c, start, bo);
+  if (!p->mean)
+    for (int64_t j = 0; j < planes; j++) {
+      const double *of = means + 2 * (own == 1 ? first + j : set_of(p, n, c + j));
+      slope[j] = (REAL)(-of[1] * a.rstd[j]);
+      offset[j] = (REAL)((of[1] * a.lag[j] - of[0]) * a.rstd[j]);
+    }
+  if (s < NARROW && !p->mean) {
+    NAME(spread)(a.center, at);
+    NAME(spread)(a.rstd, at);
+    NAME(spread)(slope, at);
+    NAME(spread)(offset, at);
+    for (int64_t i = 0; i < all; i++)
+      dx[i] = g[i] * a.scale[i] + (x[i] - a.center[i]) * a.rstd[i] * slope[i] + offset[i];
+  } else if (s < NARROW) {
+    for (int64_t i = 0; i < all; i++) dx[i] = g[i] * a.scale[i];
+  } else if (p->mean) {
+    for (int64_t j = 0; j < planes; j++)
+      for (int64_t i = j * s; i < (j + 1) * s; i++) dx[i] = g[i] * a.scale[j];
+  } else {
+    for (int64_t j = 0; j < planes; j++) {
+      const REAL *restrict xs = x + j * s, *restrict gs = g + j * s;
+      REAL *restrict to = dx + j * s, scale = a.scale[j], mean = a.center[j], rstd = a.rstd[j];
+      for (int64_t i = 0; i < s; i++)
+        to[i] = gs[i] * scale + (xs[i] - mean) * rstd * slope[j] + offset[j];
+    }
+  }
+  NAME(store)(p, &p->dx, n, c, start, all, dx);
+}
+
+/* The rows' gradients: what their samples' planes sum up to, in the samples' order. */
+static void NAME(rows)(const Norm *p, void *table, const double *sums) {
+  enum { SPAN = 64 };
+  if (!table) return;
+#pragma omp parallel for num_threads(p->threads) if (p->threads > 1 && p->n * p->c >= SERIAL)
+  for (int64_t first = 0; first < p->c; first += SPAN) {
+    int64_t count = least(SPAN, p->c - first);
+    double total[SPAN] = {0};
+    for (int64_t n = 0; n < p->n; n++) {
+      const double *from = sums + n * p->c + first;
+      REAL *to = (REAL *)table + (p->labels ? p->labels[n] : 0) * p->c + first;
+      if (p->labels)
+        for (int64_t c = 0; c < count; c++) to[c] += (REAL)from[c];
+      else
+        for (int64_t c = 0; c < count; c++) total[c] += from[c];
+    }
+    if (!p->labels)
+      for (int64_t c = 0; c < count; c++) ((REAL *)table)[first + c] = (REAL)total[c];
+  }
+}
+
+static int NAME(backward)(const Norm *p) {
+  int64_t all = 2 * p->n * p->c, chunks = p->s > PIECE ? parts(p->s, PIECE) : 1;
+  int together = by_units(p);
+  double *means = malloc((2 * sets_of(p) + (together ? 0 : all * chunks)) * sizeof(double));
+  if (!means) return 1;
+  if (together) {
+#pragma omp parallel for num_threads(p->threads) if (is_parallel(p))
+    for (int64_t i = 0; i < units_of(p); i++) {
+      Unit u = unit_of(p, i);
+      walk(p, u, NAME(sum), p->sums);
+      if (!p->dx.data) continue;
+      NAME(average)(p, u, means);
+      walk(p, u, NAME(dx), means);
+    }
+  } else {
+    double *part = means + 2 * sets_of(p);
+#pragma omp parallel for num_threads(p->threads) if (is_parallel(p))
+    for (int64_t k = 0; k < cuts_of(p); k++) {
+      Cut at = cut_of(p, k);
+      double *to = part + at.start / PIECE * all;
+      for (int64_t j = 0; j < at.planes; j++) /* its first part here */
+        to[at.n * p->c + at.c + j] = to[all / 2 + at.n * p->c + at.c + j] = 0;
+      NAME(sum)(p, at, to);
+    }
+    for (int64_t i = 0; i < all; i++) {
+      p->sums[i] = part[i];
+      for (int64_t k = 1; k < chunks; k++) p->sums[i] += part[k * all + i];
+    }
+    for (int64_t i = 0; i < units_of(p) && p->dx.data; i++) NAME(average)(p, unit_of(p, i), means);
+#pragma omp parallel for num_threads(p->threads) if (is_parallel(p))
+    for (int64_t k = 0; k < (p->dx.data ? cuts_of(p) : 0); k++) NAME(dx)(p, cut_of(p, k), means);
+  }
+  free(means);
+  NAME(rows)(p, p->dweight, p->sums);
+  NAME(rows)(p, p->dbias, p->sums + all / 2);
+  return 0;
+}
+

@@ -1,0 +1,146 @@
+"""The CPU's own kernels: every way through them against the reference, and where there are none."""
+
+import subprocess
+import sys
+import warnings
+from itertools import product
+
+import pytest
+import torch
+from parity import EPILOGUES
+
+import gannorm.functional as G
+from gannorm import native, reference
+from gannorm.backend import module_for
+from gannorm.reference import NormSpec
+
+# (N, C, S) by what is special about it; 2,048 elements are a piece.
+SHAPES = {
+    "one value": (9, 6, 1),
+    "narrow": (5, 6, 7),
+    "short": (70, 12, 16),  # more samples than one column sum takes
+    "uneven": (3, 6, 65),
+    "long": (2, 6, 1500),
+    "few, long": (1, 2, 5000),  # several pieces to a plane, and fewer sets than threads
+}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+if native.library() is None:
+    pytest.skip("no C compiler here: the reference serves", allow_module_level=True)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def call(shape, groups, labelled, keywords, dtype, given=False):
+    """What forward and backward take, and the same in float64."""
+    torch.manual_seed(0)
+    n, c, _ = shape
+    x, dy, r = ((torch.randn(shape) * 2 + 0.5).to(dtype) for _ in range(3))
+    w, b = (torch.randn(3 if labelled else 1, c, dtype=reference.stat_dtype(dtype)) for _ in "wb")
+    labels = torch.randint(3, (n,)) if labelled else None
+    after = keywords.get("residual_after_activation", False)
+    activation = keywords.get("activation")
+    spec = NormSpec(groups, 1e-5, activation, keywords.get("negative_slope", 0.2), after)
+    residual = r if keywords.get("residual") else None
+    inner = residual if activation and not after else None
+    moments = (w[0].clone(), w[0].square() + 0.1) if given else None
+
+    def run(module, convert):
+        x_, dy_, w_, b_ = (convert(t) for t in (x, dy, w, b))
+        residual_, inner_ = (None if t is None else convert(t) for t in (residual, inner))
+        moments_ = moments and tuple(convert(t) for t in moments)
+        with torch.no_grad():
+            y, stats = module.forward(x_, w_, b_, labels, residual_, moments_, spec)
+            grads = module.backward(
+                dy_, x_, w_, b_, labels, inner_, stats, spec, given, need_dx=True
+            )
+        return y, *grads[:3], grads[3] if inner is not None else None
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_the_reference(shape, dtype, threads):
+    sets = {0: True, SHAPES[shape][1]: SHAPES[shape][2] > 1, 2: True, 1: True}
+    kinds = [g for g, possible in sets.items() if possible]
+    for groups, labelled, keywords in product(kinds, (False, True), EPILOGUES):
+        for given in (False, True) if groups == 0 else (False,):
+            run = call(SHAPES[shape], groups, labelled, keywords, dtype, given)
+            expected = run(reference, torch.Tensor.double)
+            found = []
+            for count in (1, 2):
+                threads(count)
+                found.append(run(native, lambda t: t))
+            for one, two, e in zip(*found, expected, strict=True):
+                assert (one is None) == (two is None) == (e is None)
+                if one is not None:
+                    assert torch.equal(one, two)  # the threads change nothing
+                    scale = max(1.0, float(e.abs().max()))
+                    assert float((one - e).abs().max()) <= TOLERANCE[dtype] * scale, groups
+
+
+def test_bfloat16_rounds_ties_to_even_and_keeps_nan():
+    x = torch.randn(4, 2, 600).bfloat16()
+    x[0, 0, 0] = float("nan")
+    given = torch.zeros(2), torch.ones(2)
+    spec = NormSpec(0, 0.0)
+    for gain in (1.0, 1.00390625, 1.01171875, 3.3e38):  # halfway between two bfloat16, up and down
+        w = torch.full((1, 2), gain)
+        y, _ = native.forward(x, w, None, None, None, given, spec)
+        torch.testing.assert_close(y, (x.float() * gain).bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_slice_of_the_batch_is_read_in_place():
+    wide = torch.randn(8, 4, 5, 5)
+    x = wide[::2]
+    torch.testing.assert_close(G.batch_norm(x, None, None, training=True),
+                               G.batch_norm(x.clone(), None, None, training=True))  # fmt: skip
+    assert native._dense(x.flatten(2)).data_ptr() == wide.data_ptr()
+
+
+def without(tmp_path, **environment):
+    """What a fresh process says of a norm of ones with these variables set."""
+    code = (
+        "import torch, gannorm.functional as G; from gannorm.backend import module_for\n"
+        "x = torch.ones(2, 3, 4, 4)\n"
+        "print(module_for(x).__name__, float(G.instance_norm(x).abs().sum()))"
+    )
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **environment}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip(), done.stderr
+
+
+def test_without_a_compiler_the_reference_serves(tmp_path):
+    said, warned = without(tmp_path, CC="no-such-compiler")
+    assert said == "gannorm.reference 0.0" and "Warning" not in warned
+
+
+def test_a_compiler_that_fails_is_named(tmp_path):
+    said, warned = without(tmp_path, CC="false")
+    assert said == "gannorm.reference 0.0"
+    assert "false could not compile native.c" in warned
+
+
+def test_compiled_once_for_each_source(tmp_path, monkeypatch):
+    monkeypatch.setenv("GANNORM_CACHE", str(tmp_path / "cache"))
+    compiler = native.library.__wrapped__ and "cc"
+    first = native._build(compiler)
+    made = first.stat().st_mtime_ns
+    assert native._build(compiler) == first and first.stat().st_mtime_ns == made
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-DOTHER"))
+    assert native._build(compiler) != first
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # and nothing half-made
+
+
+def test_other_kinds_go_to_the_reference():
+    assert module_for(torch.empty(0, 3, 4)).__name__ == "gannorm.reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert module_for(torch.ones(2, 3, 4)).__name__ == "gannorm.native"
