@@ -6,7 +6,8 @@ Forward and backward of small inputs on the Triton path, on a machine with or wi
 kernels are compiled for sm_90, and Triton's driver is one whose launches return at once. What
 remains is what the host does before a kernel can start: checks, autograd, plans, allocations and
 looking up the compiled kernel. Beside it torch's own operations on the same tensors, which do their
-arithmetic too (a few microseconds at this size).
+arithmetic too (a few microseconds at this size), and ours on a CPU: native code, and the torch ops
+that serve where there is none.
 
 The parts are measured in a second pass, by clocks around the functions in SPANS; a clock's own
 time is subtracted. On a CPU tensor the conditional norm also reads its labels, which it does not
@@ -32,7 +33,7 @@ import torch
 
 from benchmarks import cases, timing
 from benchmarks.cases import Case
-from gannorm import use_backend
+from gannorm import native, use_backend
 
 # Where time is spent: (module, attribute), innermost clock counts. One that has gone is named in
 # the output.
@@ -195,6 +196,10 @@ def measure(case: Case, repeats: int, launches: list[None]) -> dict[str, Any]:
                 "ours_us": _median(mine, repeats),
                 "torch_us": _median(twin, repeats),
             }
+            with use_backend("torch"):
+                row[direction]["native_us"] = _median(mine, repeats)
+                with mock.patch.object(native, "serves", lambda x: False):
+                    row[direction]["composed_us"] = _median(mine, repeats)
         row["parts_us"], row["not_found"] = parts(partial(_call, case, t, cases.ours), repeats)
     return row
 
@@ -222,6 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         for direction in ("forward", "both"):
             d = row[direction]
             print(f"    {direction:24} ours {d['ours_us']:7.1f}  torch {d['torch_us']:7.1f}  "
+                  f"native {d['native_us']:7.1f}  composed {d['composed_us']:7.1f}  "
                   f"{d['kernels']} kernels")  # fmt: skip
         for label, microseconds in sorted(row["parts_us"].items(), key=lambda item: -item[1]):
             print(f"        {label:24} {microseconds:7.1f}")

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 import gannorm
-from gannorm import checkpoint
+from gannorm import checkpoint, native
 from gannorm.config import Config, typed
 from gannorm.dashboard import Dashboard, environment
 from gannorm.data import Batch, Data, batches, build_data
@@ -134,6 +134,8 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
             "folder with hydra.run.dir="
         )
     say(describe(cfg, task, data, run_dir, start_from, run.step))
+    if device.type == "cpu":
+        native.library()  # compiled now, if ever: not while something is timed
 
     # ---- what the figures are held against
     with run.evaluating():
@@ -175,7 +177,8 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
             run.seconds += time.perf_counter() - began
 
             last = run.step == steps
-            if run.step % cfg.trainer.log_every == 0 or last:
+            evaluated = run.step % cfg.trainer.eval_every == 0 or last
+            if run.step % cfg.trainer.log_every == 0 or evaluated:
                 began = time.perf_counter()
                 figures = meter.read()  # waits for a GPU
                 run.seconds += time.perf_counter() - began
@@ -184,7 +187,7 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
                 figures |= run.watch.report(run.step, balance_faults(figures), monitor)
                 monitor.scalars(run.step, figures)
                 bar.set_postfix(postfix(figures, groups, run))
-            if run.step % cfg.trainer.eval_every == 0 or last:
+            if evaluated:
                 groups = assess(run, cfg, monitor, board)
                 bar.set_postfix(postfix(figures, groups, run))
                 last = last or plateaued(run, cfg)

@@ -6,6 +6,8 @@ folder of this session's, which its processes share.
 
 import os
 import tempfile
+from importlib import import_module
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "GANNORM_CACHE" not in os.environ:
@@ -20,6 +22,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import triton.language as tl  # noqa: E402
+from sklearn.datasets import load_digits  # noqa: E402
+from sklearn.utils import Bunch  # noqa: E402
 from triton import knobs  # noqa: E402
 
 
@@ -42,3 +46,60 @@ def round_to_nearest_in_the_interpreter():
     InterpreterBuilder.create_fp_trunc = create_fp_trunc
     yield
     InterpreterBuilder.create_fp_trunc = truncate
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreter_patches_once():
+    """A launch makes triton.language the interpreter's, and each function that a kernel calls does
+    it again, which takes longer than the function: here the launch does it for all of them."""
+    if not knobs.runtime.interpret:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch, launched = interpreter._patch_lang, []
+    both = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+
+    def restore() -> None:
+        launched.pop().restore()
+
+    def patch_once(fn):
+        if launched:
+            return SimpleNamespace(restore=lambda: None)
+        launched.append(patch(both))
+        return SimpleNamespace(restore=restore)
+
+    interpreter._patch_lang = patch_once
+    yield
+    interpreter._patch_lang = patch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_power_iterations_on_meta():
+    """Each spectral norm begins with 15 of them: half the time of a task's check of its shapes."""
+    kind = torch.nn.utils.parametrizations._SpectralNorm
+    method = kind._power_method
+
+    def where_there_are_values(self, weight, iterations):
+        if not weight.is_meta:
+            method(self, weight, iterations)
+
+    kind._power_method = where_there_are_values
+    yield
+    kind._power_method = method
+
+
+FEW = 300  # digits, every fifth of them held out
+
+
+@pytest.fixture(scope="module")
+def quick_runs():
+    """For tests of training alone: a sixth of the digits, read by a classifier of two steps."""
+    from gannorm.metrics import features
+
+    bunch = load_digits()
+    few = Bunch(images=bunch.images[:FEW], target=bunch.target[:FEW])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_module("gannorm.data.digits"), "load_digits", lambda: few)
+        patch.setattr(features, "STEPS", 2)
+        yield

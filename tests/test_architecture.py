@@ -13,7 +13,7 @@ FLOORS = (
     ("gannorm.native",),
     ("gannorm.autograd", "gannorm.ops"),
     ("gannorm.backend", "gannorm.checks"),
-    ("gannorm.functional",),
+    ("gannorm.functional", "gannorm.convolution"),
     (
         "gannorm.conversion",
         "gannorm.layers",

@@ -13,7 +13,16 @@ from gannorm.config import DigitsConfig
 from gannorm.data import fetch_all
 from gannorm.data.digits import digits
 from gannorm.errors import RequestError
+from gannorm.metrics import features
 from gannorm.trainer import train
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_classifiers():
+    """The runs' own, which are not at issue."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "STEPS", 2)
+        yield
 
 
 @pytest.fixture(scope="module")

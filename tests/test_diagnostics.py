@@ -9,8 +9,8 @@ from hydra import compose, initialize_config_dir
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gannorm import diagnostics, trainer
+from gannorm.dashboard import Dashboard
 from gannorm.diagnostics import (
-    PATIENCE,
     Watch,
     balance_faults,
     checkerboard,
@@ -19,15 +19,15 @@ from gannorm.diagnostics import (
     polarity,
     sample_faults,
 )
-from gannorm.metrics import features
 from gannorm.tasks import Task
 from gannorm.trainer import train
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
 ROOT = Path(__file__).parents[1]
-STEPS = PATIENCE + 10
+PATIENCE = 20  # steps, here; a fault of the first evaluation is reported at the third of four
 SHORT = [
     "data.batch_size=4", "trainer.log_every=10", "trainer.sample_every=1000",
-    f"trainer.eval_every={STEPS // 2}", f"trainer.steps={2 * STEPS}",
+    "trainer.eval_every=15", "trainer.steps=60",
 ]  # fmt: skip
 MODELS = {
     "resblock_gan": [
@@ -41,15 +41,14 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def quick_classifier(monkeypatch):
-    monkeypatch.setattr(features, "STEPS", 2)
-
-
 def run(folder: Path, model: str, *overrides: str) -> None:
+    """Without the dashboard, most of an evaluation's time and nothing that is looked at here."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         raw = compose("config", [*MODELS[model], *SHORT, *overrides])
-    train(raw, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diagnostics, "PATIENCE", PATIENCE)
+        patch.setattr(Dashboard, "show", lambda self, step, judged: None)
+        train(raw, folder)
 
 
 def health(folder: Path) -> dict[str, list[float]]:
@@ -112,7 +111,7 @@ FAILURES = {
     "discriminator_wins": (
         "resblock_gan",
         ["loss=hinge", "optim.lr_d=0.01", "optim.lr_g=1e-9", "model.d_spectral_norm=false",
-         "data.batch_size=16", f"trainer.steps={3 * STEPS}"],
+         "data.batch_size=16", "trainer.steps=100"],
         nothing, "the discriminator wins outright",
     ),
     "discriminator_loses": ("resblock_gan", ["optim.lr_d=1e-12"], nothing, "raise optim.lr_d"),
@@ -131,9 +130,6 @@ FAILURES = {
 def test_a_run_made_to_fail(name, tmp_path, capsys, monkeypatch):
     model, overrides, change, words = FAILURES[name]
     broken(monkeypatch, change)
-    if model == "cyclegan":  # half as long
-        monkeypatch.setattr(diagnostics, "PATIENCE", PATIENCE // 2)
-        overrides = [*overrides, f"trainer.steps={STEPS}"]
     run(tmp_path, model, *overrides)
     assert words in warned(tmp_path, capsys.readouterr().out)[name]
     values = health(tmp_path)[name]
@@ -142,7 +138,8 @@ def test_a_run_made_to_fail(name, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("loss", ["rpgan", "wgan_gp"])
 def test_a_run_that_learns_warns_of_nothing(loss, tmp_path, capsys):
-    run(tmp_path, "resblock_gan", f"loss={loss}", "data.batch_size=16")
+    length = ["trainer.steps=220", "trainer.eval_every=55"]
+    run(tmp_path, "resblock_gan", f"loss={loss}", "data.batch_size=16", *length)
     assert not warned(tmp_path, capsys.readouterr().out)
     assert set(health(tmp_path)) >= {"discriminator_wins", "mode_collapse", "norms"}
 
@@ -165,8 +162,10 @@ def test_a_norm_made_to_fail(overrides, change, words, tmp_path, capsys, monkeyp
 # ---- NaN and Inf
 
 
-def test_the_first_layer_with_nan_is_named(tmp_path, capsys, monkeypatch):
-    """A weight that overflows at step 7, seen at step 20, in a network of many layers."""
+@pytest.mark.parametrize("evaluated,seen", [(1000, 20), (15, 15)])
+def test_the_first_layer_with_nan_is_named(evaluated, seen, tmp_path, capsys, monkeypatch):
+    """A weight that overflows at step 7, seen at the next log or, before it is evaluated, then; in
+    a network of many layers."""
     done = []
 
     def overflow(task: Task) -> None:
@@ -183,8 +182,8 @@ def test_the_first_layer_with_nan_is_named(tmp_path, capsys, monkeypatch):
 
     broken(monkeypatch, overflow)
     with pytest.raises(FloatingPointError, match=r"output of G blocks\.0\.conv2 \(Conv2d\); lower"):
-        run(tmp_path, "resblock_gan", "trainer.log_every=20")
-    assert len(done) == 21  # the twentieth, and again
+        run(tmp_path, "resblock_gan", "trainer.log_every=20", f"trainer.eval_every={evaluated}")
+    assert len(done) == seen + 1  # the last one again
     assert health(tmp_path)["not_finite"] == [1.0]
     events = EventAccumulator(str(tmp_path)).Reload()
     (event,) = events.Tensors("health/not_finite/text_summary")

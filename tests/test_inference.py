@@ -72,8 +72,8 @@ def refused(capsys, *args) -> str:
     with pytest.raises(SystemExit) as stop:
         gannorm(*args)
     assert stop.value.code == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
     return err
 
 
@@ -105,9 +105,6 @@ def test_sample_as_a_user_runs_it(runs, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"3 images in {tmp_path / 's'}\n"
     assert names(tmp_path / "s") == [f"class3_seed0_0000{i}.png" for i in range(3)]
-    result = command("sample", runs["sample"], "--class", 10)
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("error: --class 10") and result.stderr.count("\n") == 1
 
 
 def test_sample_uses_the_averaged_generator(made, tmp_path):

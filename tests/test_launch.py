@@ -23,7 +23,8 @@ LAYOUTS = {
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "sliced": lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
 }
-SHAPES = [(3, 6, 3, 5), (3, 4, 4, 4), (2, 2, 1, 37)]
+SHAPES = [(3, 6, 3, 5), (2, 4, 4, 4), (2, 2, 1, 37)]
+FUSED = {"activation": "leaky_relu", "residual": True}
 
 
 @pytest.fixture(params=KINDS)
@@ -39,9 +40,9 @@ def kind(request, monkeypatch):
         cached.cache_clear()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("e", [{}, {"activation": "leaky_relu", "residual": True}], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("e", [{}, FUSED], ids=str)
 def test_every_plan_of_every_norm(kind, layout, shape, e):
     torch.manual_seed(0)
     n, c = shape[:2]

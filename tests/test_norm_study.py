@@ -10,7 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
-from test_train import CYCLEGAN, RESBLOCK, ROOT, run
+from test_train import CYCLEGAN, RESBLOCK, ROOT, forked
 
 from benchmarks import norm_study
 from benchmarks.norm_study import QUESTIONS, answer, main, read, table
@@ -29,8 +29,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One real run of a CycleGAN's member by the command, one of a ResBlock GAN's."""
     folder = tmp_path_factory.mktemp("study")
     glob = "study=glob(cyclegan-*-16,exclude=[*batch*,*group*,*layer*,*none*])"
-    done = run("-m", "seed=0,1", glob, *SIZES, *LENGTH, "data.batch_size=2",
-               f"hydra.sweep.dir={folder}")  # fmt: skip
+    done = forked("-m", "seed=0,1", glob, *SIZES, *LENGTH, "data.batch_size=2",
+                  f"hydra.sweep.dir={folder}", said=folder / "said")  # fmt: skip
     assert done.returncode == 0, done.stderr
     register()
     name = "resblock_gan-batch-16"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,37 +21,30 @@ from PIL import Image
 from gannorm import checkpoint
 from gannorm.dashboard import Dashboard
 from gannorm.errors import RequestError
-from gannorm.metrics import features
 from gannorm.metrics.evaluation import Judged
 from gannorm.monitor import Monitor
 from gannorm.tasks import ClassConditional, CycleGAN
 from gannorm.trainer import run_folder, train
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
 ROOT = Path(__file__).parent.parent
 TINY = ["trainer.log_every=1", "trainer.eval_every=1000", "trainer.sample_every=1000"]
 MODELS = {
-    "cyclegan": ["model.width=4", "model.blocks=1", "model.d_width=4", "data.batch_size=2"],
-    "resblock_gan": [
-        "model=resblock_gan",
-        "model.g_widths=[8,8,8,8]",
-        "model.d_widths=[8,8]",
-        "model.d_downsamplings=2",
-        "model.z_dim=4",
-        "data.batch_size=4",
+    "cyclegan": [
+        "data.image_size=8", "data.batch_size=2", "model.width=4", "model.blocks=1",
+        "model.d_width=4", "model.downsamplings=1", "model.d_layers=1",
     ],
-}
+    "resblock_gan": [
+        "model=resblock_gan", "data.image_size=8", "data.batch_size=4", "model.g_widths=[8,8]",
+        "model.d_widths=[8]", "model.d_downsamplings=1", "model.z_dim=4",
+    ],
+}  # fmt: skip
 NORMS = sorted(p.stem for p in (ROOT / "conf" / "norm").glob("*.yaml"))
 
 
 def config(model: str, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("config", [*MODELS[model], *TINY, *overrides])
-
-
-@pytest.fixture(autouse=True)
-def quick_classifier(monkeypatch):
-    """These runs look at training; a classifier of a few steps is as good as any."""
-    monkeypatch.setattr(features, "STEPS", 2)
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -112,14 +106,25 @@ def test_every_norm_trains_or_is_refused(model, norm, tmp_path):
         assert all(t.isfinite().all() for net in state[nets].values() for t in net.values())
 
 
+@pytest.fixture(scope="module")
+def in_full(quick_runs, tmp_path_factory):
+    """The losses of a model's first step in fp32, of one run for both halves."""
+
+    @cache
+    def first(model: str) -> dict[str, float]:
+        folder = tmp_path_factory.mktemp("fp32")
+        train(config(model, "trainer.steps=3", "optim.clip_norm=1"), folder)
+        return losses(folder)[1]
+
+    return first
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("model", MODELS)
-def test_mixed_precision(model, precision, tmp_path):
+def test_mixed_precision(model, precision, in_full, tmp_path):
     cfg = config(model, f"trainer.precision={precision}", "trainer.steps=3", "optim.clip_norm=1")
-    train(cfg, tmp_path / precision)
-    reference = config(model, "trainer.steps=3", "optim.clip_norm=1")
-    train(reference, tmp_path / "fp32")
-    half, full = losses(tmp_path / precision)[1], losses(tmp_path / "fp32")[1]
+    train(cfg, tmp_path)
+    half, full = losses(tmp_path)[1], in_full(model)
     assert half != full  # it was used
     # Before the first update, which fp16 may skip to find its loss scale.
     keys = ["loss/G_A", "loss/cycle_A"] if model == "cyclegan" else ["loss/D", "loss/D_fake"]
@@ -150,6 +155,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one(model, extra, tmp_path):
     train(config(model, *steps, "resume=auto"), part)
     equal(weights(tmp_path / "whole"), weights(part))
     assert losses(tmp_path / "whole") == losses(part)
+
+
+@pytest.fixture(scope="module")
+def two_steps(quick_runs, tmp_path_factory) -> Path:
+    """A finished run, to be read or copied."""
+    folder = tmp_path_factory.mktemp("two_steps")
+    train(config("resblock_gan", "trainer.steps=2"), folder)
+    return folder
 
 
 def stop_at(run_dir: Path, step: int) -> None:
@@ -186,30 +199,31 @@ def test_evaluation_leaves_training_alone(model, extra, tmp_path, monkeypatch):
     equal(evaluated, never)
 
 
-def test_raw_and_averaged_generators_stand_side_by_side(tmp_path):
-    train(config("resblock_gan", "trainer.steps=3"), tmp_path / "a")
-    last = next(line for line in reversed(lines(tmp_path / "a")) if "quality/fid" in line)
+def test_raw_and_averaged_generators_stand_side_by_side(two_steps, tmp_path):
+    last = next(line for line in reversed(lines(two_steps)) if "quality/fid" in line)
     raw = {k.removeprefix("quality_raw/") for k in last if k.startswith("quality_raw/")}
     assert raw == {k.removeprefix("quality/") for k in last if k.startswith("quality/")}
     assert last["quality/fid"] != last["quality_raw/fid"]
     assert {f"class_fid/{k}" for k in range(10)} <= set(last)
-    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
-    assert last["protocol"] == summary["protocol"] and last["protocol"]["generated"] == 360
-    floor = lines(tmp_path / "a")[0]
+    summary = json.loads((two_steps / "summary.json").read_text())
+    assert last["protocol"] == summary["protocol"] and last["protocol"]["generated"] == 60
+    floor = lines(two_steps)[0]
     assert floor["protocol"] == summary["protocol"] and floor["reference/coverage_real"] > 0
     # Without an average there is one generator.
-    train(config("resblock_gan", "trainer.steps=1", "optim.ema_decay=0.0"), tmp_path / "b")
-    assert not any(k.startswith("quality_raw/") for line in lines(tmp_path / "b") for k in line)
+    train(config("resblock_gan", "trainer.steps=1", "optim.ema_decay=0.0"), tmp_path)
+    assert "quality/fid" in lines(tmp_path)[-1]
+    assert not any(k.startswith("quality_raw/") for line in lines(tmp_path) for k in line)
 
 
-def test_standing_statistics_change_what_is_measured(tmp_path):
-    for count in (0, 4):
-        changes = ["trainer.steps=2", f"metrics.standing_batches={count}"]
-        train(config("resblock_gan", *changes), tmp_path / str(count))
-    with_, without = (json.loads((tmp_path / k / "summary.json").read_text()) for k in "40")
+def test_standing_statistics_change_what_is_measured(two_steps, tmp_path):
+    with_ = train(config("resblock_gan", "trainer.steps=2", "metrics.standing_batches=4"), tmp_path)
+    without = json.loads((two_steps / "summary.json").read_text())
     assert with_["quality"]["fid"] != without["quality"]["fid"]
-    assert with_["protocol"]["standing_batches"] == 4
-    equal(weights(tmp_path / "0")["task"], weights(tmp_path / "4")["task"])
+    assert (with_["protocol"]["standing_batches"], without["protocol"]["standing_batches"]) == (
+        4,
+        0,
+    )
+    equal(weights(two_steps)["task"], weights(tmp_path)["task"])
 
 
 def scripted(monkeypatch, values: list[float]) -> None:
@@ -298,8 +312,8 @@ def test_checkpoints_kept(tmp_path):
     assert kept == ["best.pt", "step_00000003.pt", "step_00000004.pt"]
 
 
-def test_resume_is_refused_under_another_configuration(tmp_path):
-    train(config("resblock_gan", "trainer.steps=2"), tmp_path / "a")
+def test_resume_is_refused_under_another_configuration(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path / "a")
     before = sorted(p for p in (tmp_path / "a").rglob("*"))
     changed = config("resblock_gan", "optim.lr_g=0.5", "seed=3", f"resume={tmp_path / 'a'}")
     with pytest.raises(RequestError, match=r"optim.lr_g=0.5 \(the run: 0.001\), seed=3"):
@@ -323,8 +337,8 @@ def test_a_resumed_run_may_have_another_precision(tmp_path):
         assert train(config("resblock_gan", *TINY[:1], *changes), tmp_path)["steps"] == steps
 
 
-def test_a_longer_run_goes_on_from_a_finished_one(tmp_path):
-    train(config("resblock_gan", "trainer.steps=2"), tmp_path)
+def test_a_longer_run_goes_on_from_a_finished_one(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     summary = train(config("resblock_gan", "trainer.steps=4", "resume=auto"), tmp_path)
     assert summary["steps"] == 4 and sorted(losses(tmp_path)) == [1, 2, 3, 4]
     again = train(config("resblock_gan", "trainer.steps=4", "resume=auto"), tmp_path)

@@ -6,6 +6,7 @@ Where a norm has its activation fused in, an `nn.Identity` holds the activation'
 
 from torch import Tensor, nn
 
+from gannorm.convolution import Conv2d
 from gannorm.models.resblock import add_spectral_norm
 from gannorm.norms import NormFactory, apply_norm
 
@@ -105,7 +106,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         bias = norm.conv_bias
         model: list[nn.Module] = [
-            nn.Conv2d(in_channels, width, 4, stride=2, padding=1),
+            Conv2d(in_channels, width, 4, stride=2, padding=1),
             nn.LeakyReLU(0.2, inplace=True),
         ]
         c = width
@@ -113,12 +114,12 @@ class PatchDiscriminator(nn.Module):
             out = width * min(2**i, 8)
             stride = 2 if i < layers else 1
             model += [
-                nn.Conv2d(c, out, 4, stride=stride, padding=1, bias=bias),
+                Conv2d(c, out, 4, stride=stride, padding=1, bias=bias),
                 norm(out, activation="leaky_relu", negative_slope=0.2),
                 nn.Identity(),
             ]
             c = out
-        model.append(nn.Conv2d(c, 1, 4, padding=1))
+        model.append(Conv2d(c, 1, 4, padding=1))
         self.model = nn.Sequential(*model)
         init_weights(self)
         if spectral:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from gannorm.convolution import Conv2d
 from gannorm.norms import NormFactory, apply_norm
 
 
@@ -119,10 +120,10 @@ class DiscriminatorBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, down: bool, first: bool) -> None:
         super().__init__()
         self.down, self.first = down, first
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, channels, 3, padding=1)
+        self.conv2 = Conv2d(channels, channels, 3, padding=1)
         learned = down or in_channels != channels
-        self.shortcut = nn.Conv2d(in_channels, channels, 1) if learned else None
+        self.shortcut = Conv2d(in_channels, channels, 1) if learned else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(x if self.first else F.relu(x))

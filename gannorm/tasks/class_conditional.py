@@ -99,7 +99,9 @@ class ClassConditional(Task):
         self._freeze_discriminators(True)
         with self.autocast():
             if kind == "relativistic":  # a pair has one class
-                fake_logits, real_logits = judge(g(self._noise(len(real)), labels), real)
+                with torch.no_grad():
+                    (real_logits,) = judge(real)
+                (fake_logits,) = judge(g(self._noise(len(real)), labels))
                 loss = generator_loss(fake_logits, kind, real_logits)
             else:
                 n = self.cfg.data.batch_size
