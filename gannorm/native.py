@@ -14,6 +14,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,8 +56,8 @@ class _Norm(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they cannot be had."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if sys.platform != "linux" or compiler is None:
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if sys.platform != "linux" or not compiler or shutil.which(compiler[0]) is None:
         return None
     try:
         built = _build(compiler)
@@ -64,7 +65,7 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         warnings.warn(
-            f"{compiler} could not compile {SOURCE.name}; norms on the CPU run on torch ops, "
+            f"{shlex.join(compiler)} could not compile {SOURCE.name}; norms on the CPU run on torch ops, "
             f"several times slower: {said.strip()[:300]}",
             RuntimeWarning,
             stacklevel=2,
@@ -72,7 +73,7 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def _build(compiler: str) -> Path:
+def _build(compiler: list[str]) -> Path:
     """Compile the source, unless this machine has a library of the same source and processor."""
     folder = Path(os.environ.get("GANNORM_CACHE", "~/.cache/gannorm")).expanduser()
     source = SOURCE.read_bytes() + INCLUDED.read_bytes()
@@ -81,14 +82,14 @@ def _build(compiler: str) -> Path:
          or line.startswith("Features")),
         platform.machine(),
     )  # fmt: skip
-    known = "\n".join((compiler, *FLAGS, processor, platform.platform()))
+    known = "\n".join((*compiler, *FLAGS, processor, platform.platform()))
     key = hashlib.sha256(source + known.encode()).hexdigest()[:16]
     path = folder / f"native-{key}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # then moved: whole, or not there
             made = Path(scratch) / path.name
-            command = [compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(made), "-lm"]
+            command = [*compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(made), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True)
             made.replace(path)
     return path
@@ -102,6 +103,7 @@ def serves(x: Tensor) -> bool:
 
 def _dense(t: Tensor) -> Tensor:
     """`t` (N, C, S) with every sample dense."""
+    t = t.resolve_neg()  # of an imaginary part
     _, c, s = t.shape
     _, between, inner = t.stride()
     return t if (inner == 1 or s == 1) and (between == s or c == 1) else t.contiguous()

@@ -130,13 +130,25 @@ def test_a_compiler_that_fails_is_named(tmp_path):
 
 def test_compiled_once_for_each_source(tmp_path, monkeypatch):
     monkeypatch.setenv("GANNORM_CACHE", str(tmp_path / "cache"))
-    compiler = native.library.__wrapped__ and "cc"
+    compiler = ["cc"]
     first = native._build(compiler)
     made = first.stat().st_mtime_ns
     assert native._build(compiler) == first and first.stat().st_mtime_ns == made
     monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-DOTHER"))
     assert native._build(compiler) != first
     assert len(list((tmp_path / "cache").iterdir())) == 2  # and nothing half-made
+
+
+def test_imaginary_parts_and_expanded_gradients():
+    z = torch.randn(2, 3, 5, 5, dtype=torch.complex64)
+    x = z.conj().imag
+    assert x.is_neg()
+    torch.testing.assert_close(G.instance_norm(x), G.instance_norm(-z.imag))
+    leaf = torch.randn(2, 3, 5, 5, requires_grad=True)
+    y = G.batch_norm(leaf, None, None, torch.ones(3), None, True, activation="relu")
+    (one,) = torch.autograd.grad(y, leaf, torch.ones(()).expand(y.shape), retain_graph=True)
+    (two,) = torch.autograd.grad(y, leaf, torch.ones(y.shape))
+    assert torch.equal(one, two)
 
 
 def test_other_kinds_go_to_the_reference():
