@@ -6,6 +6,7 @@ input. Saving mean and variance as constants, or calling a raw kernel under `cre
 would be silently wrong.
 """
 
+import math
 from types import ModuleType
 from typing import Any
 
@@ -93,19 +94,32 @@ def _composed_backward(
     return tuple(None if t is None else next(found) for t in leaves)
 
 
+def planes(t: Tensor) -> Tensor:
+    """(N, C, ...) as (N, C, S)."""
+    if t.dim() == 3:
+        return t
+    return t.reshape(t.shape[0], t.shape[1], math.prod(t.shape[2:]))
+
+
+def table(t: Tensor | None) -> Tensor | None:
+    """(C,) or (K, C) as (K, C)."""
+    return t if t is None or t.dim() == 2 else t.unsqueeze(0)
+
+
 class NormFunction(torch.autograd.Function):
     """act((x - mean) * rstd * weight[label] + bias[label] (+ residual)): y, statistics.
 
     Saves the input and the statistics; a residual only where it decides the activation's slope.
+    Shapes are changed in here, since every view outside would be a node of the graph.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,  # (N, C, S)
-        weight: Tensor | None,  # (K, C)
+        x: Tensor,  # (N, C, ...)
+        weight: Tensor | None,  # (C,), or (K, C)
         bias: Tensor | None,
-        residual: Tensor | None,  # (N, C, S), x's dtype
+        residual: Tensor | None,  # as x
         labels: Tensor | None,  # (N,)
         given: tuple[Tensor, Tensor] | None,  # mean and variance (evaluation)
         running: tuple[Any, ...] | None,  # statistics that the kernels are to move
@@ -115,29 +129,37 @@ class NormFunction(torch.autograd.Function):
         ctx.spec, ctx.backend, ctx.given = spec, backend, given is not None
         ctx.folded = spec.activation is not None and not spec.residual_after_activation
         extra = () if running is None else (running,)
-        y, stats = backend.forward(x, weight, bias, labels, residual, given, spec, *extra)
+        added = None if residual is None else planes(residual)
+        y, stats = backend.forward(
+            planes(x), table(weight), table(bias), labels, added, given, spec, *extra
+        )
         ctx.save_for_backward(x, weight, bias, residual if ctx.folded else None, labels, stats)
         ctx.mark_non_differentiable(stats)
-        return y, stats
+        # No view: a caller may work on the output in place.
+        return y if x.dim() == 3 else torch.ops.aten._unsafe_view(y, x.shape), stats
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> Tensors:
         x, weight, bias, residual, labels, stats = ctx.saved_tensors
         need_dx, need_dresidual = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        added = None if residual is None else planes(residual)
+        tensors = planes(dy), planes(x), table(weight), table(bias)
         eager = not torch.compiler.is_compiling()
         if eager and torch._C._functorch.is_legacy_batchedtensor(dy):  # of is_grads_batched=True
-            dx, dweight, dbias, dresidual = _composed_backward(
-                dy, x, weight, bias, residual, labels, stats, ctx.spec, ctx.given
-            )
+            grads = _composed_backward(*tensors, added, labels, stats, ctx.spec, ctx.given)
         elif torch.is_grad_enabled():
-            dx, dweight, dbias, dresidual = _NormBackward.apply(
-                dy, x, weight, bias, residual, labels, stats,
-                ctx.spec, ctx.backend, ctx.given, need_dx,
-            )  # fmt: skip
-        else:  # nobody will differentiate this
-            dx, dweight, dbias, dresidual = ctx.backend.backward(
-                dy, x, weight, bias, labels, residual, stats, ctx.spec, ctx.given, need_dx
+            grads = _NormBackward.apply(
+                *tensors, added, labels, stats, ctx.spec, ctx.backend, ctx.given, need_dx
             )
+        else:  # nobody will differentiate this
+            grads = ctx.backend.backward(
+                *tensors, labels, added, stats, ctx.spec, ctx.given, need_dx
+            )
+        dx, dweight, dbias, dresidual = (
+            grad if grad is None or like is None or grad.shape == like.shape
+            else grad.reshape(like.shape)
+            for grad, like in zip(grads, (x, weight, bias, x), strict=True)
+        )  # fmt: skip
         if not need_dresidual:
             dresidual = None
         elif not ctx.folded:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gannorm import native, ops, reference
-from gannorm.autograd import NormFunction
+from gannorm.autograd import NormFunction, planes, table
 from gannorm.backend import module_for, use_backend
 from gannorm.checks import (
     ACTIVATIONS,
@@ -77,16 +77,16 @@ def _normalize(
         residual = residual.to(x.dtype)
     by_torch = transformed()
     backend = reference if by_torch else module_for(x)
-    if labels is None:
-        weight, bias = (None if t is None else t.unsqueeze(0) for t in (weight, bias))
-    flat = (x.shape[0], x.shape[1], math.prod(x.shape[2:]))
-    rows = x.reshape(flat)
-    if residual is not None:
-        residual = residual.reshape(flat)
+    compiling = torch.compiler.is_compiling()
     on_kernels = backend is not native and backend is not reference
-    in_place = on_kernels and _channels_last(rows)
-    if rows.stride(2) != 1 and not in_place:
-        rows = rows.contiguous()
+    rows, in_place = x, False
+    if by_torch or compiling or not x.is_contiguous():
+        rows = planes(x)
+        in_place = on_kernels and _channels_last(rows)
+        if rows.stride(2) != 1 and not in_place:
+            rows = rows.contiguous()
+        residual = None if residual is None else planes(residual)
+        weight, bias = table(weight), table(bias)
     if on_kernels:
         weight, bias, labels = (
             None if t is None else t.contiguous() for t in (weight, bias, labels)
@@ -95,7 +95,7 @@ def _normalize(
     moved = False
     if by_torch:
         y, stats = reference.forward(rows, weight, bias, labels, residual, given, spec)
-    elif on_kernels and torch.compiler.is_compiling():
+    elif on_kernels and compiling:
         mean, var = given or (None, None)
         y, stats = ops.norm(rows, weight, bias, labels, residual, mean, var, *spec)
     else:
@@ -110,6 +110,8 @@ def _normalize(
         )
     if not moved:
         reference.update_running(running, stats)
+    if rows is x:
+        return y
     y = y.reshape(x.shape)
     if x.dim() == 4 and not (in_place or by_torch):
         y = y.contiguous(memory_format=_memory_format(x))

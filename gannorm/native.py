@@ -37,16 +37,16 @@ ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
 _int, _real, _pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 
-class _Tensor(ctypes.Structure):
-    _fields_ = [("data", _pointer), ("sample", _int)]
-
-
 class _Norm(ctypes.Structure):
     _fields_ = [
         *((name, _int) for name in ("n", "c", "s", "groups")),
         *((name, _int) for name in ("dtype", "activation", "residual_after", "threads")),
         *((name, _real) for name in ("eps", "slope", "momentum", "bessel")),
-        *((name, _Tensor) for name in ("x", "residual", "y", "dy", "dx", "g")),
+        *(
+            (name, _int)
+            for t in ("x", "residual", "y", "dy", "dx", "g")
+            for name in (t, f"{t}_sample")
+        ),
         *((name, _pointer) for name in ("stats", "mean", "var", "weight", "bias", "labels")),
         *((name, _pointer) for name in ("running_mean", "running_var")),
         *((name, _pointer) for name in ("dweight", "dbias", "rstd", "sums")),
@@ -65,8 +65,8 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         warnings.warn(
-            f"{shlex.join(compiler)} could not compile {SOURCE.name}; norms on the CPU run on torch ops, "
-            f"several times slower: {said.strip()[:300]}",
+            f"{shlex.join(compiler)} could not compile {SOURCE.name}; norms on the CPU run on "
+            f"torch ops, several times slower: {said.strip()[:300]}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -109,35 +109,35 @@ def _dense(t: Tensor) -> Tensor:
     return t if (inner == 1 or s == 1) and (between == s or c == 1) else t.contiguous()
 
 
-def _pointed(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
+def _table(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if t is None or (t.dtype is dtype and t.is_contiguous()):
+        return t
+    return t.detach().to(dtype).contiguous()
 
 
-def _described(t: Tensor) -> _Tensor:
-    return _Tensor(t.data_ptr(), t.stride(0))
+def _pointed(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def _norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, labels: Tensor | None,
-    residual: Tensor | None, spec: NormSpec, kept: list[Any],
-) -> _Norm:  # fmt: skip
-    """The call's description; `kept` holds what it points to."""
+    residual: Tensor | None, spec: NormSpec,
+) -> tuple[_Norm, Any]:  # fmt: skip
+    """The call's description, and what it points to."""
     dtype = stat_dtype(x.dtype)
     n, c, s = x.shape
-    tables = [None if t is None else t.detach().to(dtype).contiguous() for t in (weight, bias)]
+    weight, bias = _table(weight, dtype), _table(bias, dtype)
     labels = None if labels is None else labels.contiguous()
+    groups, eps, activation, slope, after = spec
     p = _Norm(
-        n=n, c=c, s=s, groups=spec.groups, dtype=DTYPES.index(x.dtype),
-        activation=ACTIVATIONS.index(spec.activation), slope=spec.negative_slope, eps=spec.eps,
-        residual_after=spec.residual_after_activation, threads=torch.get_num_threads(),
-        x=_described(x), weight=_pointed(tables[0]), bias=_pointed(tables[1]),
-        labels=_pointed(labels),
+        n, c, s, groups, DTYPES.index(x.dtype), ACTIVATIONS.index(activation), after,
+        torch.get_num_threads(), eps, slope, 0.0, 0.0, x.data_ptr(), x.stride(0),
     )  # fmt: skip
+    p.weight, p.bias, p.labels = _pointed(weight), _pointed(bias), _pointed(labels)
     if residual is not None:
         residual = _dense(residual)
-        p.residual = _described(residual)
-    kept += [x, residual, labels, *tables]
-    return p
+        p.residual, p.residual_sample = residual.data_ptr(), residual.stride(0)
+    return p, (weight, bias, labels, residual)
 
 
 def _run(name: str, p: _Norm) -> None:
@@ -158,17 +158,16 @@ def forward(
     running: Running | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.forward`; moves the running statistics (contiguous, of x's kind) too."""
-    kept: list[Any] = []
-    dtype, (n, c, _) = stat_dtype(x.dtype), x.shape
+    dtype, (n, c, s) = stat_dtype(x.dtype), x.shape
     x = _dense(x)
-    p = _norm(x, weight, bias, labels, residual, spec, kept)
+    p, _kept = _norm(x, weight, bias, labels, residual, spec)
     y = torch.empty(x.shape, dtype=x.dtype)
     stats = torch.empty((4, n, spec.groups) if spec.groups else (4, c), dtype=dtype)
     rstd = torch.empty(stats.shape[1:], dtype=torch.float64)
-    p.y, p.stats, p.rstd = _described(y), stats.data_ptr(), rstd.data_ptr()
+    p.y, p.y_sample, p.stats, p.rstd = y.data_ptr(), c * s, stats.data_ptr(), rstd.data_ptr()
     if given is not None:
-        kept += [mean := given[0].to(dtype).contiguous(), var := given[1].to(dtype).contiguous()]
-        p.mean, p.var = mean.data_ptr(), var.data_ptr()
+        mean, var = _table(given[0], dtype), _table(given[1], dtype)
+        p.mean, p.var = _pointed(mean), _pointed(var)
     if running is not None:
         p.running_mean, p.running_var = (_pointed(t) for t in running[:2])
         p.momentum, p.bessel = running[2:]
@@ -189,20 +188,18 @@ def backward(
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """As `reference.backward`; no g where nobody needs it."""
-    kept: list[Any] = [stats]
-    n, c, _ = x.shape
+    n, c, s = x.shape
     x, dy = _dense(x), _dense(dy.to(x.dtype))
-    p = _norm(x, weight, bias, labels, residual, spec, kept)
-    p.stats = stats.data_ptr()
-    p.dy = _described(dy)
-    sums = torch.empty(2, n, c, dtype=torch.float64)
-    p.sums = sums.data_ptr()
+    p, _kept = _norm(x, weight, bias, labels, residual, spec)
+    sums = torch.empty((2, n, c), dtype=torch.float64)
+    p.dy, p.dy_sample = dy.data_ptr(), dy.stride(0)
+    p.stats, p.sums = stats.data_ptr(), sums.data_ptr()
     dx, g = (torch.empty(x.shape, dtype=x.dtype) if wanted else None
              for wanted in (need_dx, residual is not None))  # fmt: skip
     if dx is not None:
-        p.dx = _described(dx)
+        p.dx, p.dx_sample = dx.data_ptr(), c * s
     if g is not None:
-        p.g = _described(g)
+        p.g, p.g_sample = g.data_ptr(), c * s
     if given:
         p.mean = stats.data_ptr()  # to say that they were
     grads = [None if t is None else stats.new_zeros(t.shape) for t in (weight, bias)]

@@ -65,18 +65,15 @@ static REAL NAME(total)(REAL *sums) {
   return sums[0];
 }
 
-/* Twice over values that lie in the cache, around the first of them and then around nearly the
- * mean: nothing cancels, however far from 0 they are. */
+/* Sums around the mean of the first LANES values: however far from 0 all are, and even if these
+ * are unlike the others, that is near enough to the mean to leave the variance its digits. */
 static NAME(Moments) NAME(moments)(const REAL *restrict a, int64_t count) {
-  REAL first = a[0], middle, sum = 0, square = 0, sums[LANES] = {0}, squares[LANES] = {0};
-  int64_t whole = count < 4 * LANES ? 0 : count - count % LANES;
-  for (int64_t i = 0; i < whole; i += LANES)
-    for (int k = 0; k < LANES; k++) sums[k] += a[i + k] - first;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = whole; i < count; i++) sum += a[i] - first;
-  middle = first + (whole ? sum + NAME(total)(sums) : sum) / count;
+  REAL middle, sum = 0, square = 0, sums[LANES] = {0}, squares[LANES] = {0};
+  int64_t few = least(count, LANES);
+  for (int64_t i = 0; i < few; i++) sums[i] = a[i] - a[0];
+  middle = a[0] + NAME(total)(sums) / few;
   memset(sums, 0, sizeof(sums));
-  sum = 0;
+  int64_t whole = count < 4 * LANES ? 0 : count - count % LANES;
   for (int64_t i = 0; i < whole; i += LANES)
     for (int k = 0; k < LANES; k++) {
       REAL d = a[i + k] - middle;
@@ -368,6 +365,14 @@ INLINE void NAME(slope_planes)(const REAL *x, const REAL *r, const REAL *dy, REA
                         a->scale + j, a->shift + j, 0, activation, slope);
 }
 
+/* Where the sums leave g for dx: in the residual's gradient, or in dx, which is written last; NULL
+ * where dx has to make it again, since those are of another type. */
+static REAL *NAME(kept)(const Norm *p, Cut at) {
+  const Tensor *t = p->g.data ? &p->g : &p->dx;
+  if (p->dtype != OWN || p->activation == NONE || !t->data) return NULL;
+  return NAME(target)(p, t, at.n, at.c, at.start, NULL);
+}
+
 /* g of a cut: dy itself where there is no activation, else in `buffer`. */
 static const REAL *NAME(gradient)(const Norm *p, Cut at, const NAME(Affine) *a, const REAL *x,
                                   REAL *buffer) {
@@ -392,11 +397,19 @@ INLINE void NAME(sum_planes)(const REAL *x, const REAL *g, int64_t planes, int64
   for (int64_t j = 0; j < planes; j++) {
     const REAL *restrict xs = x + j * s, *restrict gs = g + j * s;
     REAL sum = 0, product = 0, mean = a->center[j], rstd = a->rstd[j];
+    REAL sums[LANES] = {0}, products[LANES] = {0};
+    int64_t whole = s < 4 * LANES ? 0 : s - s % LANES;
+    for (int64_t i = 0; i < whole; i += LANES)
+      for (int k = 0; k < LANES; k++) {
+        sums[k] += gs[i + k];
+        products[k] += gs[i + k] * ((xs[i + k] - mean) * rstd);
+      }
 #pragma omp simd reduction(+ : sum, product)
-    for (int64_t i = 0; i < s; i++) {
+    for (int64_t i = whole; i < s; i++) {
       sum += gs[i];
       product += gs[i] * ((xs[i] - mean) * rstd);
     }
+    if (whole) sum += NAME(total)(sums), product += NAME(total)(products);
     gx_sum[j] = (start ? gx_sum[j] : 0) + ((double)product - (double)a->lag[j] * sum);
     g_sum[j] = (start ? g_sum[j] : 0) + sum;
   }
@@ -411,14 +424,15 @@ static void NAME(sum)(const Norm *p, Cut at, double *to) {
   NAME(Affine) a;
   NAME(describe)(p, at, &a);
   const REAL *x = NAME(load)(p, &p->x, n, c, start, all, bx);
-  const REAL *g = NAME(gradient)(p, at, &a, x, bg);
+  REAL *kept = NAME(kept)(p, at);
+  const REAL *g = NAME(gradient)(p, at, &a, x, kept ? kept : bg);
   if (s == 16)
     NAME(sum_planes)(x, g, at.planes, 16, start, &a, gx_sum, g_sum);
   else if (s == 64)
     NAME(sum_planes)(x, g, at.planes, 64, start, &a, gx_sum, g_sum);
   else
     NAME(sum_planes)(x, g, at.planes, s, start, &a, gx_sum, g_sum);
-  if (!p->g.data) return;
+  if (!p->g.data || kept) return;
   REAL *out = NAME(target)(p, &p->g, n, c, start, bg);
   if (out != g) memcpy(out, g, all * sizeof(REAL));
   NAME(store)(p, &p->g, n, c, start, all, out);
@@ -448,34 +462,42 @@ static void NAME(dx)(const Norm *p, Cut at, double *means) {
   int64_t all = planes * s;
   NAME(Affine) a;
   NAME(describe)(p, at, &a);
-  const REAL *restrict x = NAME(load)(p, &p->x, n, c, start, all, bx);
-  const REAL *restrict g = NAME(gradient)(p, at, &a, x, bg);
+  const REAL *x = NAME(load)(p, &p->x, n, c, start, all, bx), *g = NAME(kept)(p, at);
+  if (!g) g = NAME(gradient)(p, at, &a, x, bg);
   int64_t own = channels_of(p), first = set_of(p, n, c);
-  REAL *restrict dx = NAME(target)(p, &p->dx, n, c, start, bo);
+  REAL *dx = NAME(target)(p, &p->dx, n, c, start, bo);
   if (!p->mean)
     for (int64_t j = 0; j < planes; j++) {
       const double *of = means + 2 * (own == 1 ? first + j : set_of(p, n, c + j));
       slope[j] = (REAL)(-of[1] * a.rstd[j]);
       offset[j] = (REAL)((of[1] * a.lag[j] - of[0]) * a.rstd[j]);
     }
+  /* g may be in dx: element by element. */
   if (s < NARROW && !p->mean) {
     NAME(spread)(a.center, at);
     NAME(spread)(a.rstd, at);
     NAME(spread)(slope, at);
     NAME(spread)(offset, at);
+#pragma omp simd
     for (int64_t i = 0; i < all; i++)
       dx[i] = g[i] * a.scale[i] + (x[i] - a.center[i]) * a.rstd[i] * slope[i] + offset[i];
   } else if (s < NARROW) {
+#pragma omp simd
     for (int64_t i = 0; i < all; i++) dx[i] = g[i] * a.scale[i];
   } else if (p->mean) {
-    for (int64_t j = 0; j < planes; j++)
-      for (int64_t i = j * s; i < (j + 1) * s; i++) dx[i] = g[i] * a.scale[j];
+    for (int64_t j = 0; j < planes; j++) {
+      REAL scale = a.scale[j];
+#pragma omp simd
+      for (int64_t i = j * s; i < (j + 1) * s; i++) dx[i] = g[i] * scale;
+    }
   } else {
     for (int64_t j = 0; j < planes; j++) {
-      const REAL *restrict xs = x + j * s, *restrict gs = g + j * s;
-      REAL *restrict to = dx + j * s, scale = a.scale[j], mean = a.center[j], rstd = a.rstd[j];
+      const REAL *xs = x + j * s, *gs = g + j * s;
+      REAL *to = dx + j * s, scale = a.scale[j], mean = a.center[j], rstd = a.rstd[j];
+      REAL pull = slope[j], shift = offset[j];
+#pragma omp simd
       for (int64_t i = 0; i < s; i++)
-        to[i] = gs[i] * scale + (xs[i] - mean) * rstd * slope[j] + offset[j];
+        to[i] = gs[i] * scale + (xs[i] - mean) * rstd * pull + shift;
     }
   }
   NAME(store)(p, &p->dx, n, c, start, all, dx);
