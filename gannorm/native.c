@@ -44,6 +44,7 @@ typedef struct {
   void *dweight, *dbias;            /* (K, C), zeros to begin with */
   double *rstd; /* forward: (sets,), 1 / std before it is rounded */
   double *sums; /* backward: (2, N, C): of g * x_hat and of g over each plane */
+  int64_t own, width; /* filled in here: channels of a set, of a unit */
 } Norm;
 
 #define INLINE static inline __attribute__((always_inline))
@@ -52,8 +53,7 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t parts(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 static int64_t sets_of(const Norm *p) { return p->groups ? p->n * p->groups : p->c; }
-static int64_t channels_of(const Norm *p) { return p->groups ? p->c / p->groups : 1; } /* a set's */
-static int64_t values_of(const Norm *p) { return (p->groups ? channels_of(p) : p->n) * p->s; }
+static int64_t values_of(const Norm *p) { return (p->groups ? p->own : p->n) * p->s; }
 static int is_parallel(const Norm *p) { return p->threads > 1 && p->n * p->c * p->s >= SERIAL; }
 
 /* Samples [n0, n1), channels [c0, c0 + count). */
@@ -61,25 +61,29 @@ typedef struct {
   int64_t n0, n1, c0, count;
 } Unit;
 
-/* Channels of a unit: what a piece holds of them, and not more than a thread's share. */
-static int64_t width_of(const Norm *p) {
-  int64_t own = channels_of(p), most = PIECE / (own * p->s);
-  if (p->groups == 0) most = least(most, parts(p->c, 2 * p->threads));
-  return own * (most > 1 ? most : 1);
+/* A unit's channels are what a piece holds of them, and not more than a thread's share. */
+static Norm prepared(const Norm *given) {
+  Norm p = *given;
+  p.own = p.groups ? p.c / p.groups : 1;
+  int64_t most = PIECE / (p.own * p.s);
+  if (p.groups == 0) most = least(most, parts(p.c, 2 * p.threads));
+  p.width = p.own * (most > 1 ? most : 1);
+  return p;
 }
 
 static int64_t units_of(const Norm *p) {
-  return parts(p->c, width_of(p)) * (p->groups ? p->n : 1);
+  return parts(p->c, p->width) * (p->groups ? p->n : 1);
 }
 
 static Unit unit_of(const Norm *p, int64_t i) {
-  int64_t width = width_of(p), row = parts(p->c, width), n = i / row, c0 = i % row * width;
+  int64_t width = p->width, row = parts(p->c, width), n = i / row, c0 = i % row * width;
   Unit u = {p->groups ? n : 0, p->groups ? n + 1 : p->n, c0, least(width, p->c - c0)};
   return u;
 }
 
 static int64_t set_of(const Norm *p, int64_t n, int64_t c) {
-  return p->groups ? n * p->groups + c / channels_of(p) : c;
+  if (p->groups == 0) return c;
+  return n * p->groups + (p->own == 1 ? c : c / p->own);
 }
 
 /* A batch's statistics over short planes: of many planes side by side. */
@@ -173,10 +177,12 @@ int norm_float16(void) {
 #endif
 }
 
-int norm_forward(const Norm *p) {
-  return p->dtype == FLOAT64 ? forward_double(p) : forward_float(p);
+int norm_forward(const Norm *given) {
+  Norm p = prepared(given);
+  return p.dtype == FLOAT64 ? forward_double(&p) : forward_float(&p);
 }
 
-int norm_backward(const Norm *p) {
-  return p->dtype == FLOAT64 ? backward_double(p) : backward_float(p);
+int norm_backward(const Norm *given) {
+  Norm p = prepared(given);
+  return p.dtype == FLOAT64 ? backward_double(&p) : backward_float(&p);
 }

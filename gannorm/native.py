@@ -50,6 +50,7 @@ class _Norm(ctypes.Structure):
         *((name, _pointer) for name in ("stats", "mean", "var", "weight", "bias", "labels")),
         *((name, _pointer) for name in ("running_mean", "running_var")),
         *((name, _pointer) for name in ("dweight", "dbias", "rstd", "sums")),
+        *((name, _int) for name in ("own", "width")),
     ]
 
 

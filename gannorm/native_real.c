@@ -101,7 +101,7 @@ static NAME(Moments) NAME(moments)(const REAL *restrict a, int64_t count) {
 /* Piece k of set i, whose first plane is (n, c). */
 static NAME(Moments) NAME(piece)(const Norm *p, int64_t n, int64_t c, int64_t k) {
   REAL buffer[PIECE];
-  int64_t run = p->groups ? channels_of(p) * p->s : p->s, chunks = parts(run, PIECE);
+  int64_t run = p->groups ? p->own * p->s : p->s, chunks = parts(run, PIECE);
   int64_t start = k % chunks * PIECE, count = least(PIECE, run - start);
   return NAME(moments)(NAME(load)(p, &p->x, n + k / chunks, c, start, count, buffer), count);
 }
@@ -191,7 +191,7 @@ static void NAME(spread)(REAL *a, Cut at) {
 
 static void NAME(describe)(const Norm *p, Cut at, NAME(Affine) *a) {
   int64_t n = at.n, c0 = at.c, count = at.planes;
-  int64_t sets = sets_of(p), own = channels_of(p), row = (p->labels ? p->labels[n] : 0) * p->c + c0;
+  int64_t sets = sets_of(p), own = p->own, row = (p->labels ? p->labels[n] : 0) * p->c + c0;
   int64_t first = set_of(p, n, c0);
   const REAL *stats = (const REAL *)p->stats + first;
   const REAL *restrict weight = p->weight ? (const REAL *)p->weight + row : NULL;
@@ -293,7 +293,7 @@ static void NAME(apply)(const Norm *p, Cut at, double *unused) {
 
 static void NAME(forward_unit)(const Norm *p, Unit u) {
   NAME(Moments) found[PIECE];
-  int64_t own = channels_of(p), sets = u.count / own, first = set_of(p, u.n0, u.c0);
+  int64_t own = p->own, sets = u.count / own, first = set_of(p, u.n0, u.c0);
   if (is_short(p))
     NAME(columns)(p, u, found);
   else
@@ -308,7 +308,7 @@ static void NAME(forward_unit)(const Norm *p, Unit u) {
 }
 
 static int NAME(forward)(const Norm *p) {
-  int64_t sets = sets_of(p), pieces = NAME(pieces)(p), own = channels_of(p);
+  int64_t sets = sets_of(p), pieces = NAME(pieces)(p), own = p->own;
   if (!p->mean && by_units(p)) {
 #pragma omp parallel for num_threads(p->threads) if (is_parallel(p))
     for (int64_t i = 0; i < units_of(p); i++) NAME(forward_unit)(p, unit_of(p, i));
@@ -440,7 +440,7 @@ static void NAME(sum)(const Norm *p, Cut at, double *to) {
 
 /* What dx takes off gain * g: the means over a set of that, and of that times x_hat: (sets, 2). */
 static void NAME(average)(const Norm *p, Unit u, double *means) {
-  int64_t own = channels_of(p), sets = u.count / own;
+  int64_t own = p->own, sets = u.count / own;
   double *to = means + 2 * set_of(p, u.n0, u.c0);
   memset(to, 0, 2 * sets * sizeof(double));
   for (int64_t n = u.n0; n < u.n1; n++) {
@@ -464,7 +464,7 @@ static void NAME(dx)(const Norm *p, Cut at, double *means) {
   NAME(describe)(p, at, &a);
   const REAL *x = NAME(load)(p, &p->x, n, c, start, all, bx), *g = NAME(kept)(p, at);
   if (!g) g = NAME(gradient)(p, at, &a, x, bg);
-  int64_t own = channels_of(p), first = set_of(p, n, c);
+  int64_t own = p->own, first = set_of(p, n, c);
   REAL *dx = NAME(target)(p, &p->dx, n, c, start, bo);
   if (!p->mean)
     for (int64_t j = 0; j < planes; j++) {
