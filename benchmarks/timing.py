@@ -23,7 +23,8 @@ RESULTS = Path(__file__).parent / "results"
 REPEATS = 20  # calls in a captured graph, and in a stretch of wall time
 
 CPU_PROTOCOL = (
-    "wall: all contestants alternate in one loop, in another order each round; medians of single calls"
+    "wall: all contestants alternate in one loop, in another order each round; medians of single "
+    "calls"
 )
 CUDA_PROTOCOL = (
     f"wall: {REPEATS} eager calls and one synchronization; events: eager calls between CUDA "

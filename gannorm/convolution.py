@@ -103,6 +103,7 @@ class Conv2d(nn.Conv2d):
             or isinstance(self.padding, str)
             or self.padding_mode != "zeros"
             or input.dim() != 4
+            or input.is_complex()
         )
         if plain:
             return super()._conv_forward(input, weight, bias)

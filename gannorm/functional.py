@@ -102,7 +102,8 @@ def _normalize(
         buffers = [t for t in (running or ())[:2] if t is not None]
         plain = groups == 0 and all(t.is_contiguous() for t in buffers)
         if backend is native:
-            moved = plain and all(t.dtype == reference.stat_dtype(x.dtype) for t in buffers)
+            kind = reference.stat_dtype(x.dtype)
+            moved = plain and all(t.dtype == kind and not t.is_neg() for t in buffers)
         else:
             moved = plain and on_kernels and x.dtype != torch.float64
         y, stats = NormFunction.apply(

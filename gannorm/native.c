@@ -32,7 +32,7 @@ typedef struct {
 } Tensor;
 
 typedef struct {
-  int64_t n, c, s, groups;
+  int64_t n, c, s, groups, rows; /* rows: K, of the tables */
   int64_t dtype, activation, residual_after, threads;
   double eps, slope, momentum, bessel;
   Tensor x, residual, y, dy, dx, g;
@@ -48,6 +48,8 @@ typedef struct {
 } Norm;
 
 #define INLINE static inline __attribute__((always_inline))
+/* One copy for both ways of dealing out work: inlined ones may round differently. */
+#define ONCE static __attribute__((noinline))
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t parts(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -152,7 +154,7 @@ static inline float sigmoid_float(float x) {
   memcpy(&power, &bits, 4);
   float e = 1.0f + f * (1.0f + f * (0.5f + f * (0.166666667f + f * (0.0416666667f +
             f * (0.00833333333f + f * 0.00138888889f)))));
-  return 1.0f / (1.0f + e * power);
+  return x == 88.0f ? 0.0f : 1.0f / (1.0f + e * power);
 }
 
 static inline double sigmoid_double(double x) { return 1.0 / (1.0 + exp(-x)); }
@@ -177,12 +179,23 @@ int norm_float16(void) {
 #endif
 }
 
+/* What both return if a label is no row; 1: no memory. */
+enum { NO_ROW = 2 };
+
+static int is_labelled_wrong(const Norm *p) {
+  for (int64_t n = 0; p->labels && n < p->n; n++)
+    if (p->labels[n] < 0 || p->labels[n] >= p->rows) return 1;
+  return 0;
+}
+
 int norm_forward(const Norm *given) {
   Norm p = prepared(given);
+  if (is_labelled_wrong(&p)) return NO_ROW;
   return p.dtype == FLOAT64 ? forward_double(&p) : forward_float(&p);
 }
 
 int norm_backward(const Norm *given) {
   Norm p = prepared(given);
+  if (is_labelled_wrong(&p)) return NO_ROW;
   return p.dtype == FLOAT64 ? backward_double(&p) : backward_float(&p);
 }

@@ -39,7 +39,7 @@ _int, _real, _pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 class _Norm(ctypes.Structure):
     _fields_ = [
-        *((name, _int) for name in ("n", "c", "s", "groups")),
+        *((name, _int) for name in ("n", "c", "s", "groups", "rows")),
         *((name, _int) for name in ("dtype", "activation", "residual_after", "threads")),
         *((name, _real) for name in ("eps", "slope", "momentum", "bessel")),
         *(
@@ -105,15 +105,19 @@ def serves(x: Tensor) -> bool:
 def _dense(t: Tensor) -> Tensor:
     """`t` (N, C, S) with every sample dense."""
     t = t.resolve_neg()  # of an imaginary part
+    if not t.data_ptr() and t.numel():
+        t = t + torch.zeros(
+            (), dtype=t.dtype, device=t.device
+        )  # zeros of autograd's without memory
     _, c, s = t.shape
     _, between, inner = t.stride()
     return t if (inner == 1 or s == 1) and (between == s or c == 1) else t.contiguous()
 
 
 def _table(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if t is None or (t.dtype is dtype and t.is_contiguous()):
+    if t is None or (t.dtype is dtype and t.is_contiguous() and not t.is_neg()):
         return t
-    return t.detach().to(dtype).contiguous()
+    return t.detach().to(dtype).contiguous().resolve_neg()
 
 
 def _pointed(t: Tensor | None) -> int:
@@ -130,8 +134,9 @@ def _norm(
     weight, bias = _table(weight, dtype), _table(bias, dtype)
     labels = None if labels is None else labels.contiguous()
     groups, eps, activation, slope, after = spec
+    rows = next((len(t) for t in (weight, bias) if t is not None), 2**62)
     p = _Norm(
-        n, c, s, groups, DTYPES.index(x.dtype), ACTIVATIONS.index(activation), after,
+        n, c, s, groups, rows, DTYPES.index(x.dtype), ACTIVATIONS.index(activation), after,
         torch.get_num_threads(), eps, slope, 0.0, 0.0, x.data_ptr(), x.stride(0),
     )  # fmt: skip
     p.weight, p.bias, p.labels = _pointed(weight), _pointed(bias), _pointed(labels)
@@ -144,7 +149,10 @@ def _norm(
 def _run(name: str, p: _Norm) -> None:
     compiled = library()
     assert compiled is not None
-    if getattr(compiled, name)(ctypes.byref(p)):
+    failed = getattr(compiled, name)(ctypes.byref(p))
+    if failed == 2:
+        raise IndexError(f"a label lies outside of the table's rows 0..{p.rows - 1}")
+    if failed:
         raise MemoryError(f"no memory for the partial sums of a norm over {p.n} x {p.c} planes")
 
 
@@ -162,9 +170,11 @@ def forward(
     dtype, (n, c, s) = stat_dtype(x.dtype), x.shape
     x = _dense(x)
     p, _kept = _norm(x, weight, bias, labels, residual, spec)
-    y = torch.empty(x.shape, dtype=x.dtype)
-    stats = torch.empty((4, n, spec.groups) if spec.groups else (4, c), dtype=dtype)
-    rstd = torch.empty(stats.shape[1:], dtype=torch.float64)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    stats = torch.empty(
+        (4, n, spec.groups) if spec.groups else (4, c), dtype=dtype, device=x.device
+    )
+    rstd = torch.empty(stats.shape[1:], dtype=torch.float64, device=x.device)
     p.y, p.y_sample, p.stats, p.rstd = y.data_ptr(), c * s, stats.data_ptr(), rstd.data_ptr()
     if given is not None:
         mean, var = _table(given[0], dtype), _table(given[1], dtype)
@@ -190,12 +200,12 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """As `reference.backward`; no g where nobody needs it."""
     n, c, s = x.shape
-    x, dy = _dense(x), _dense(dy.to(x.dtype))
+    x, dy, stats = _dense(x), _dense(dy.to(x.dtype)), stats.contiguous()
     p, _kept = _norm(x, weight, bias, labels, residual, spec)
-    sums = torch.empty((2, n, c), dtype=torch.float64)
+    sums = torch.empty((2, n, c), dtype=torch.float64, device=x.device)
     p.dy, p.dy_sample = dy.data_ptr(), dy.stride(0)
     p.stats, p.sums = stats.data_ptr(), sums.data_ptr()
-    dx, g = (torch.empty(x.shape, dtype=x.dtype) if wanted else None
+    dx, g = (torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None
              for wanted in (need_dx, residual is not None))  # fmt: skip
     if dx is not None:
         p.dx, p.dx_sample = dx.data_ptr(), c * s

@@ -43,18 +43,20 @@ static void NAME(store)(const Norm *p, const Tensor *t, int64_t n, int64_t c, in
 /* ---- statistics */
 
 typedef struct {
-  double seen, mean, squares; /* squares: around the mean */
+  double seen, squares; /* squares: around the mean */
+  long double mean;     /* so that what its rounding to REAL loses can be told */
 } NAME(Moments);
 
 /* Chan's merge. Equal means stay what they are. */
-static void NAME(merge)(NAME(Moments) *a, NAME(Moments) b) {
-  double total = a->seen + b.seen, share = b.seen / total, delta = b.mean - a->mean;
+ONCE void NAME(merge)(NAME(Moments) *a, NAME(Moments) b) {
+  double total = a->seen + b.seen, share = b.seen / total;
+  double delta = (double)(b.mean - a->mean);
   if (a->seen == 0) {
     *a = b;
     return;
   }
   a->squares += b.squares + delta * delta * (a->seen * share);
-  a->mean += delta * share;
+  a->mean += (long double)delta * share;
   a->seen = total;
 }
 
@@ -87,8 +89,8 @@ static NAME(Moments) NAME(moments)(const REAL *restrict a, int64_t count) {
     square += d * d;
   }
   if (whole) sum += NAME(total)(sums), square += NAME(total)(squares);
-  NAME(Moments) m = {count, (double)middle + (double)sum / count,
-                     square - (double)sum * sum / count};
+  NAME(Moments) m = {count, square - (double)sum * sum / count,
+                     (long double)middle + (double)sum / count};
   if (isfinite(m.squares)) return m;
   double wide = 0, d; /* squares beyond REAL, or NaN or Inf among the values */
   for (int64_t i = 0; i < count; i++) wide += a[i];
@@ -99,7 +101,7 @@ static NAME(Moments) NAME(moments)(const REAL *restrict a, int64_t count) {
 }
 
 /* Piece k of set i, whose first plane is (n, c). */
-static NAME(Moments) NAME(piece)(const Norm *p, int64_t n, int64_t c, int64_t k) {
+ONCE NAME(Moments) NAME(piece)(const Norm *p, int64_t n, int64_t c, int64_t k) {
   REAL buffer[PIECE];
   int64_t run = p->groups ? p->own * p->s : p->s, chunks = parts(run, PIECE);
   int64_t start = k % chunks * PIECE, count = least(PIECE, run - start);
@@ -146,7 +148,8 @@ static void NAME(columns)(const Norm *p, Unit u, NAME(Moments) *found) {
     for (int64_t j = 0; j < u.count; j++) {
       double total = 0, squares = 0;
       for (int64_t i = j * s; i < (j + 1) * s; i++) total += sum[i], squares += square[i];
-      NAME(Moments) m = {count, middle[j * s] + total / count, squares - total * total / count};
+      NAME(Moments) m = {count, squares - total * total / count,
+                         (long double)middle[j * s] + total / count};
       if (!isfinite(m.squares)) { /* plane by plane then */
         m.seen = 0;
         for (int64_t n = n0; n < n1; n++) NAME(merge)(&m, NAME(piece)(p, n, u.c0 + j, 0));
@@ -156,7 +159,12 @@ static void NAME(columns)(const Norm *p, Unit u, NAME(Moments) *found) {
   }
 }
 
-static void NAME(finish_set)(const Norm *p, int64_t i, double mean, double var) {
+/* As torch's lerp: exact at both ends. */
+static REAL NAME(moved)(REAL from, REAL to, REAL share) {
+  return share < (REAL)0.5 ? from + share * (to - from) : to - (to - from) * (1 - share);
+}
+
+ONCE void NAME(finish_set)(const Norm *p, int64_t i, long double mean, double var) {
   REAL *stats = (REAL *)p->stats;
   int64_t sets = sets_of(p);
   REAL rounded = (REAL)mean;
@@ -167,8 +175,8 @@ static void NAME(finish_set)(const Norm *p, int64_t i, double mean, double var) 
   stats[3 * sets + i] = (REAL)var;
   REAL *m = (REAL *)p->running_mean, *v = (REAL *)p->running_var, spread = (REAL)(var * p->bessel);
   if ((m && !isfinite(rounded)) || (v && !isfinite(spread))) return;
-  if (m) m[i] += (REAL)p->momentum * (rounded - m[i]);
-  if (v) v[i] += (REAL)p->momentum * (spread - v[i]);
+  if (m) m[i] = NAME(moved)(m[i], rounded, (REAL)p->momentum);
+  if (v) v[i] = NAME(moved)(v[i], spread, (REAL)p->momentum);
 }
 
 /* ---- (x - mean) * scale + shift, and what follows */
@@ -189,11 +197,11 @@ static void NAME(spread)(REAL *a, Cut at) {
   }
 }
 
-static void NAME(describe)(const Norm *p, Cut at, NAME(Affine) *a) {
+ONCE void NAME(describe)(const Norm *p, Cut at, NAME(Affine) *a) {
   int64_t n = at.n, c0 = at.c, count = at.planes;
   int64_t sets = sets_of(p), own = p->own, row = (p->labels ? p->labels[n] : 0) * p->c + c0;
   int64_t first = set_of(p, n, c0);
-  const REAL *stats = (const REAL *)p->stats + first;
+  const REAL *stats = (const REAL *)p->stats + first, *stats_var = stats + 3 * sets;
   const REAL *restrict weight = p->weight ? (const REAL *)p->weight + row : NULL;
   const REAL *restrict bias = p->bias ? (const REAL *)p->bias + row : NULL;
   if (own == 1) {
@@ -216,7 +224,8 @@ static void NAME(describe)(const Norm *p, Cut at, NAME(Affine) *a) {
   for (int64_t j = 0; j < count; j++) {
     REAL mean = a->center[j], shift = bias ? bias[j] : 0;
     /* Near 0 nothing cancels in x * scale + shift, which rounds once less. */
-    int near = fabs((double)mean) * a->rstd[j] < 2;
+    double var = stats_var[own == 1 ? j : set_of(p, n, c0 + j) - first];
+    int near = (double)mean * mean < 4 * var && isfinite(var);
     a->mean[j] = near ? 0 : mean;
     a->shift[j] = (REAL)(shift - (double)a->lag[j] * a->gain[j] -
                          (near ? (double)mean * a->scale[j] : 0));
@@ -233,14 +242,15 @@ static inline REAL NAME(activate)(REAL v, int64_t activation, REAL slope) {
   return v;
 }
 
-static inline REAL NAME(slope_at)(REAL v, int64_t activation, REAL slope) {
-  if (activation == RELU) return v <= 0 ? 0 : 1;
-  if (activation == LEAKY_RELU) return v > 0 ? 1 : slope;
+/* dy behind the activation; what it masks may be Inf or NaN. */
+static inline REAL NAME(masked)(REAL dy, REAL v, int64_t activation, REAL slope) {
+  if (activation == RELU) return v <= 0 ? 0 : dy;
+  if (activation == LEAKY_RELU) return v > 0 ? dy : dy * slope;
   if (activation == SILU) {
     REAL s = NAME(sigmoid)(v);
-    return s * (1 + v * (1 - s));
+    return dy * (s * (1 + v * (1 - s)));
   }
-  return 1;
+  return dy;
 }
 
 /* One plane, or (`each`) elements with coefficients of their own. */
@@ -269,7 +279,7 @@ INLINE void NAME(apply_planes)(const REAL *x, const REAL *r, REAL *y, int64_t pl
                         a->shift + j, 0, activation, after, slope);
 }
 
-static void NAME(apply)(const Norm *p, Cut at, double *unused) {
+ONCE void NAME(apply)(const Norm *p, Cut at, double *unused) {
   REAL bx[PIECE], br[PIECE], by[PIECE], slope = (REAL)p->slope;
   int64_t n = at.n, c = at.c, planes = at.planes, start = at.start, count = at.count;
   (void)unused;
@@ -347,10 +357,10 @@ INLINE void NAME(slope_plane)(const REAL *restrict x, const REAL *restrict r,
                               REAL slope) {
   REAL m = *mean, a = *scale, b = *shift;
   if (!r)
-    for (int64_t i = 0; i < count; i++) g[i] = dy[i] * NAME(slope_at)(PRE, activation, slope);
+    for (int64_t i = 0; i < count; i++) g[i] = NAME(masked)(dy[i], PRE, activation, slope);
   else
     for (int64_t i = 0; i < count; i++)
-      g[i] = dy[i] * NAME(slope_at)(PRE + r[i], activation, slope);
+      g[i] = NAME(masked)(dy[i], PRE + r[i], activation, slope);
 }
 #undef PRE
 
@@ -417,7 +427,7 @@ INLINE void NAME(sum_planes)(const REAL *x, const REAL *g, int64_t planes, int64
 
 /* Every plane's sums of g * x_hat and of g, into to[n, c] and behind all of those; a later part of
  * a plane is added. An inner residual's gradient is g. */
-static void NAME(sum)(const Norm *p, Cut at, double *to) {
+ONCE void NAME(sum)(const Norm *p, Cut at, double *to) {
   REAL bx[PIECE], bg[PIECE];
   int64_t n = at.n, c = at.c, start = at.start, s = at.count, all = at.planes * s;
   double *gx_sum = to + n * p->c + c, *g_sum = gx_sum + p->n * p->c;
@@ -456,7 +466,7 @@ static void NAME(average)(const Norm *p, Unit u, double *means) {
   for (int64_t i = 0; i < 2 * sets; i++) to[i] /= values_of(p);
 }
 
-static void NAME(dx)(const Norm *p, Cut at, double *means) {
+ONCE void NAME(dx)(const Norm *p, Cut at, double *means) {
   REAL bx[PIECE], bg[PIECE], bo[PIECE], slope[PIECE], offset[PIECE];
   int64_t n = at.n, c = at.c, start = at.start, s = at.count, planes = at.planes;
   int64_t all = planes * s;

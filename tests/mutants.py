@@ -116,7 +116,7 @@ MUTANTS = tuple(Mutant(*m) for m in (
      "test_batch_norm.py -k 'against and composed'"),
     ("ref detached variance", REF, "(var + spec.eps)", "(var.detach() + spec.eps)", SECOND),
     # native code
-    ("native merge of means", REAL, "a->mean += delta * share", "a->mean += delta * 0.5",
+    ("native merge of means", REAL, "(long double)delta * share", "(long double)delta * 0.5",
      "test_native.py -k 'against and few'"),
     ("native spread between pieces", REAL, "b.squares + delta * delta", "b.squares + delta",
      "test_native.py -k 'against and few'"),
@@ -126,7 +126,7 @@ MUTANTS = tuple(Mutant(*m) for m in (
      "test_inputs.py -k 'magnitude and torch'"),
     ("native overflow in columns", REAL, "if (!isfinite(m.squares)) {", "if (0) {",
      "test_inputs.py -k 'magnitude and torch'"),
-    ("native columns", REAL, "squares - total * total / count}", "squares}",
+    ("native columns", REAL, "squares - total * total / count", "squares",
      "test_inputs.py -k 'offsets and torch and batch'"),
     ("native rounded mean", REAL, "(REAL)(mean - rounded)", "0",
      "test_inputs.py -k 'offsets and torch'"),

@@ -61,6 +61,13 @@ def test_what_only_torch_does_is_torchs(keywords, made):
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+def test_complex_numbers_are_torchs():
+    net = Conv2d(2, 3, 3, dtype=torch.complex64)
+    x = torch.randn(1, 2, 5, 5, dtype=torch.complex64, requires_grad=True)
+    (dx,) = torch.autograd.grad(net(x).abs().sum(), x)
+    assert dx.shape == x.shape
+
+
 def test_autocast_compile_and_transforms_take_torchs(monkeypatch):
     ours, theirs, x = pair(CASES["plain"])
     monkeypatch.setattr(_Convolution, "apply", None)

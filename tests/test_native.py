@@ -40,7 +40,8 @@ def call(shape, groups, labelled, keywords, dtype, given=False):
     """What forward and backward take, and the same in float64."""
     torch.manual_seed(0)
     n, c, _ = shape
-    x, dy, r = ((torch.randn(shape) * 2 + 0.5).to(dtype) for _ in range(3))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x, dy, r = ((torch.randn(shape, dtype=wide) * 2 + 0.5).to(dtype) for _ in range(3))
     w, b = (torch.randn(3 if labelled else 1, c, dtype=reference.stat_dtype(dtype)) for _ in "wb")
     labels = torch.randint(3, (n,)) if labelled else None
     after = keywords.get("residual_after_activation", False)
@@ -94,6 +95,89 @@ def test_bfloat16_rounds_ties_to_even_and_keeps_nan():
         w = torch.full((1, 2), gain)
         y, _ = native.forward(x, w, None, None, None, given, spec)
         torch.testing.assert_close(y, (x.float() * gain).bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_masked_gradient_may_be_infinite():
+    x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]], requires_grad=True)
+    found, expected = (
+        torch.autograd.grad(y.pow(0.5).sum(), x)[0]  # an infinite slope at 0
+        for y in (G.instance_norm(x, activation="relu"), G.instance_norm(x).relu())
+    )
+    assert bool(found.isfinite().all())
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [1e-3, -0.3, 7.0, 1e6])
+@pytest.mark.parametrize("size", [4, 100, 3000])
+def test_a_constant_plane_becomes_exactly_the_bias(size, value, dtype):
+    x = torch.full((2, 1, size), value, dtype=dtype, requires_grad=True)
+    w, b = torch.full((1,), 1e6, dtype=dtype), torch.zeros(1, dtype=dtype, requires_grad=True)
+    for norm in (
+        lambda: G.instance_norm(x, weight=w, bias=b, activation="relu"),
+        lambda: G.batch_norm(x, None, None, w, b, True, activation="relu"),
+    ):
+        y = norm()
+        assert torch.equal(y, torch.zeros_like(y))
+        assert float(torch.autograd.grad(y.sum(), b)[0]) == 0  # on the ReLU's flat side
+
+
+def test_float64_far_from_zero():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 50, 50, dtype=torch.float64)
+    far = x + 1e12
+    exact = far - 1e12
+    torch.testing.assert_close(G.instance_norm(far), G.instance_norm(exact), rtol=0, atol=1e-7)
+
+
+def test_running_statistics_take_the_batchs_whole():
+    x = torch.randn(8, 3, 8, 8) * 1e-4
+    mean, var = torch.full((3,), 1e3), torch.full((3,), 1e3)
+    G.batch_norm(x, mean, var, training=True, momentum=1.0)
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(var, x.var((0, 2, 3)))
+
+
+def test_labels_that_change_behind_the_check():
+    class Labels(torch.Tensor):
+        """Not looked into by the check of the arguments."""
+
+    table = torch.rand(4, 3)
+    labels = torch.tensor([0, 10**9]).as_subclass(Labels)
+    with pytest.raises(IndexError, match=r"a label lies outside of the table's rows 0\.\.3"):
+        G.conditional_instance_norm(torch.randn(2, 3, 8, 8), labels, table, table)
+
+
+def test_memory_of_an_unusual_kind():
+    x = torch.randn(2, 3, 5, 5, requires_grad=True)
+    with torch.device("meta"):  # what is made without a device is made there
+        y = G.instance_norm(x)
+    torch.testing.assert_close(y, G.instance_norm(x))
+    (dx,) = torch.autograd.grad(y, x, torch._efficientzerotensor(y.shape))
+    assert torch.equal(dx, torch.zeros_like(x))
+    w, z = torch.randn(3), torch.randn(1, 3, dtype=torch.complex64)
+    torch.testing.assert_close(
+        G.instance_norm(x, weight=torch._neg_view(w)), G.instance_norm(x, weight=-w)
+    )
+    moments = z.conj().imag[0], torch.ones(3)
+    torch.testing.assert_close(
+        G.batch_norm(x, *moments), G.batch_norm(x, *(t.clone() for t in moments))
+    )
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.mT.contiguous() if t.dim() > 1 else t, lambda t: t.mT if t.dim() > 1 else t
+    )
+    grads = []
+    for hooked in (True, False):
+        with hooks if hooked else torch.enable_grad():
+            y = G.group_norm(x, 3, activation="relu")
+        grads.append(torch.autograd.grad(y.square().sum(), x)[0])
+    torch.testing.assert_close(*grads)
+
+
+def test_silu_of_the_far_left():
+    x, far = torch.randn(1, 1, 8), torch.full((1, 1, 8), -1e38)
+    y = G.instance_norm(x, residual=far, activation="silu")
+    assert torch.equal(y, torch.zeros_like(y))
 
 
 def test_a_slice_of_the_batch_is_read_in_place():
