@@ -55,7 +55,7 @@ class _Norm(ctypes.Structure):
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def kernels() -> ctypes.CDLL | None:
     """The compiled kernels; None where they cannot be had."""
     compiler = shlex.split(os.environ.get("CC", "cc"))
     if sys.platform != "linux" or not compiler or shutil.which(compiler[0]) is None:
@@ -98,7 +98,7 @@ def _build(compiler: list[str]) -> Path:
 
 def serves(x: Tensor) -> bool:
     """Whether these kernels take `x`."""
-    compiled = library() if x.dtype in DTYPES and x.numel() else None
+    compiled = kernels() if x.dtype in DTYPES and x.numel() else None
     return compiled is not None and (x.dtype != torch.float16 or bool(compiled.norm_float16()))
 
 
@@ -147,7 +147,7 @@ def _norm(
 
 
 def _run(name: str, p: _Norm) -> None:
-    compiled = library()
+    compiled = kernels()
     assert compiled is not None
     failed = getattr(compiled, name)(ctypes.byref(p))
     if failed == 2:
