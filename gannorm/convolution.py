@@ -1,4 +1,4 @@
-"""A convolution whose second derivatives are as fast as its first.
+"""A convolution whose second derivatives are convolutions of the same kind.
 
 A penalty on a discriminator's gradient (R1, R2, WGAN-GP) differentiates twice. torch's own formula
 for that takes a weight's gradient from a convolution whose kernel is a whole feature map. Here each

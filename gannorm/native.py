@@ -67,7 +67,7 @@ def kernels() -> ctypes.CDLL | None:
         said = getattr(error, "stderr", None) or str(error)
         warnings.warn(
             f"{shlex.join(compiler)} could not compile {SOURCE.name}; norms on the CPU run on "
-            f"torch ops, several times slower: {said.strip()[:300]}",
+            f"torch ops, slower: {said.strip()[:300]}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -106,9 +106,8 @@ def _dense(t: Tensor) -> Tensor:
     """`t` (N, C, S) with every sample dense."""
     t = t.resolve_neg()  # of an imaginary part
     if not t.data_ptr() and t.numel():
-        t = t + torch.zeros(
-            (), dtype=t.dtype, device=t.device
-        )  # zeros of autograd's without memory
+        # Zeros of autograd's that have no memory.
+        t = t + torch.zeros((), dtype=t.dtype, device=t.device)
     _, c, s = t.shape
     _, between, inner = t.stride()
     return t if (inner == 1 or s == 1) and (between == s or c == 1) else t.contiguous()

@@ -74,21 +74,6 @@ def interpreter_patches_once():
     interpreter._patch_lang = patch
 
 
-@pytest.fixture(autouse=True, scope="session")
-def no_power_iterations_on_meta():
-    """Each spectral norm begins with 15 of them: half the time of a task's check of its shapes."""
-    kind = torch.nn.utils.parametrizations._SpectralNorm
-    method = kind._power_method
-
-    def where_there_are_values(self, weight, iterations):
-        if not weight.is_meta:
-            method(self, weight, iterations)
-
-    kind._power_method = where_there_are_values
-    yield
-    kind._power_method = method
-
-
 FEW = 300  # digits, every fifth of them held out
 
 

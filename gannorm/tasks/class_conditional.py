@@ -48,7 +48,7 @@ class ClassConditional(Task):
         self.batches_per_step = cfg.optim.d_steps
         super().__init__(cfg, device, num_classes)
 
-    def _build(self) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    def _build(self, spectral: bool = True) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
         m, channels, classes = self.model, self.cfg.data.channels, self.num_classes or 0
         size = 4 * 2 ** (len(m.g_widths) - 1)
         if size != self.cfg.data.image_size:
@@ -60,11 +60,12 @@ class ClassConditional(Task):
         generator = ResBlockGenerator(
             build_norm(self.cfg.norm, classes), num_classes=classes, z_dim=m.z_dim,
             widths=m.g_widths, block=m.block.name, out_channels=channels,
-            spectral=m.g_spectral_norm, init=m.init.name,
+            spectral=spectral and m.g_spectral_norm, init=m.init.name,
         )  # fmt: skip
         discriminator = ProjectionDiscriminator(
             num_classes=classes, in_channels=channels, widths=m.d_widths,
-            downsamplings=m.d_downsamplings, spectral=m.d_spectral_norm, init=m.init.name,
+            downsamplings=m.d_downsamplings, spectral=spectral and m.d_spectral_norm,
+            init=m.init.name,
         )  # fmt: skip
         return {"G": generator}, {"D": discriminator}
 

@@ -60,7 +60,7 @@ class CycleGAN(Task):
         super().__init__(cfg, device, num_classes)
         self.pools = {name: ImagePool(self.model.pool_size) for name in self.discriminators}
 
-    def _build(self) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    def _build(self, spectral: bool = True) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
         m, channels = self.model, self.cfg.data.channels
         norm = build_norm(self.cfg.norm)
         generators: dict[str, nn.Module] = {
@@ -72,7 +72,11 @@ class CycleGAN(Task):
         }  # fmt: skip
         discriminators: dict[str, nn.Module] = {
             name: PatchDiscriminator(
-                channels, norm, width=m.d_width, layers=m.d_layers, spectral=m.d_spectral_norm
+                channels,
+                norm,
+                width=m.d_width,
+                layers=m.d_layers,
+                spectral=spectral and m.d_spectral_norm,
             )
             for name in ("D_A", "D_B")
         }

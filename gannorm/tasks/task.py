@@ -69,8 +69,9 @@ class Task(ABC):
     # ---- what each task defines
 
     @abstractmethod
-    def _build(self) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-        """Generators and discriminators."""
+    def _build(self, spectral: bool = True) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+        """Generators and discriminators; spectral norms, which take 15 power iterations each to
+        begin with and change no shape, may be left out."""
 
     @abstractmethod
     def _dry_run(
@@ -130,7 +131,7 @@ class Task(ABC):
         """Refuse sizes that the layers refuse, before anything is built or loaded."""
         try:
             with torch.device("meta"), torch.no_grad():
-                self._dry_run(*self._build())
+                self._dry_run(*self._build(spectral=False))
         except RequestError:
             raise
         except (ValueError, RuntimeError) as error:
@@ -147,7 +148,7 @@ class Task(ABC):
         """The shape of every norm layer's input while training, by "network.layer"."""
         shapes: dict[str, torch.Size] = {}
         with torch.device("meta"), torch.no_grad():
-            nets = self._build()
+            nets = self._build(spectral=False)
             for name, net in {**nets[0], **nets[1]}.items():
                 for key, layer in norm_layers(net).items():
                     layer.register_forward_pre_hook(
