@@ -13,10 +13,60 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gannorm import reference
+from gannorm import native, reference
 from gannorm.reference import NormSpec
 
 Tensors = tuple[Tensor | None, ...]
+
+
+def planes(t: Tensor) -> Tensor:
+    """(N, C, ...) as (N, C, S)."""
+    if t.dim() == 3:
+        return t
+    return t.reshape(t.shape[0], t.shape[1], math.prod(t.shape[2:]))
+
+
+def table(t: Tensor | None) -> Tensor | None:
+    """(C,) or (K, C) as (K, C)."""
+    return t if t is None or t.dim() == 2 else t.unsqueeze(0)
+
+
+def run_forward(
+    backend: ModuleType, x: Tensor, weight: Tensor | None, bias: Tensor | None,
+    labels: Tensor | None, residual: Tensor | None, given: tuple[Tensor, Tensor] | None,
+    spec: NormSpec, running: tuple[Any, ...] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`backend.forward` of torch's shapes: x and residual (N, C, ...), weight and bias (C,) or
+    (K, C)."""
+    if backend is native:  # takes them as they are
+        return native.forward(x, weight, bias, labels, residual, given, spec, running)
+    extra = () if running is None else (running,)
+    added = None if residual is None else planes(residual)
+    y, stats = backend.forward(
+        planes(x), table(weight), table(bias), labels, added, given, spec, *extra
+    )
+    # No view: a caller may work on the output in place.
+    return y if x.dim() == 3 else torch.ops.aten._unsafe_view(y, x.shape), stats
+
+
+def _run_backward(
+    backend: ModuleType, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None,
+    labels: Tensor | None, residual: Tensor | None, stats: Tensor, spec: NormSpec, given: bool,
+    need_dx: bool,
+) -> Tensors:  # fmt: skip
+    """`backend.backward` of torch's shapes."""
+    if backend is native:
+        return native.backward(dy, x, weight, bias, labels, residual, stats, spec, given, need_dx)
+    added = None if residual is None else planes(residual)
+    grads = backend.backward(
+        planes(dy), planes(x), table(weight), table(bias), labels, added, stats, spec, given,
+        need_dx,
+    )  # fmt: skip
+    return tuple(
+        grad if grad is None or like is None or grad.shape == like.shape
+        else grad.reshape(like.shape)
+        for grad, like in zip(grads, (x, weight, bias, x), strict=True)
+    )  # fmt: skip
 
 
 class _NormBackward(torch.autograd.Function):
@@ -40,8 +90,8 @@ class _NormBackward(torch.autograd.Function):
         ctx.save_for_backward(dy, x, weight, bias, residual, labels, stats)
         ctx.spec, ctx.given = spec, given
         ctx.set_materialize_grads(False)
-        dx, dweight, dbias, g = backend.backward(
-            dy, x, weight, bias, labels, residual, stats, spec, given, need_dx
+        dx, dweight, dbias, g = _run_backward(
+            backend, dy, x, weight, bias, labels, residual, stats, spec, given, need_dx
         )
         return dx, dweight, dbias, None if residual is None else g
 
@@ -62,7 +112,7 @@ class _NormBackward(torch.autograd.Function):
             dy, x, weight, bias, residual = twins
             assert dy is not None and x is not None
             given = (stats[0], stats[3]) if ctx.given else None
-            y, _ = reference.forward(x, weight, bias, labels, residual, given, ctx.spec)
+            y, _ = run_forward(reference, x, weight, bias, labels, residual, given, ctx.spec)
             pairs = zip((x, weight, bias, residual), grads, strict=True)
             wanted = [(t, g) for t, g in pairs if t is not None and g is not None]
             first = torch.autograd.grad(y, [t for t, _ in wanted], dy, create_graph=True)
@@ -89,28 +139,16 @@ def _composed_backward(
     leaves = (x, weight, bias, residual)
     with torch.enable_grad():
         moments = (stats[0], stats[3]) if given else None
-        y, _ = reference.forward(x, weight, bias, labels, residual, moments, spec)
+        y, _ = run_forward(reference, x, weight, bias, labels, residual, moments, spec)
     found = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], dy))
     return tuple(None if t is None else next(found) for t in leaves)
-
-
-def planes(t: Tensor) -> Tensor:
-    """(N, C, ...) as (N, C, S)."""
-    if t.dim() == 3:
-        return t
-    return t.reshape(t.shape[0], t.shape[1], math.prod(t.shape[2:]))
-
-
-def table(t: Tensor | None) -> Tensor | None:
-    """(C,) or (K, C) as (K, C)."""
-    return t if t is None or t.dim() == 2 else t.unsqueeze(0)
 
 
 class NormFunction(torch.autograd.Function):
     """act((x - mean) * rstd * weight[label] + bias[label] (+ residual)): y, statistics.
 
     Saves the input and the statistics; a residual only where it decides the activation's slope.
-    Shapes are changed in here, since every view outside would be a node of the graph.
+    Shapes are changed inside of it, since every view outside would be a node of the graph.
     """
 
     @staticmethod
@@ -128,38 +166,27 @@ class NormFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.spec, ctx.backend, ctx.given = spec, backend, given is not None
         ctx.folded = spec.activation is not None and not spec.residual_after_activation
-        extra = () if running is None else (running,)
-        added = None if residual is None else planes(residual)
-        y, stats = backend.forward(
-            planes(x), table(weight), table(bias), labels, added, given, spec, *extra
-        )
+        y, stats = run_forward(backend, x, weight, bias, labels, residual, given, spec, running)
         ctx.save_for_backward(x, weight, bias, residual if ctx.folded else None, labels, stats)
         ctx.mark_non_differentiable(stats)
-        # No view: a caller may work on the output in place.
-        return y if x.dim() == 3 else torch.ops.aten._unsafe_view(y, x.shape), stats
+        return y, stats
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> Tensors:
         x, weight, bias, residual, labels, stats = ctx.saved_tensors
         need_dx, need_dresidual = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        added = None if residual is None else planes(residual)
-        tensors = planes(dy), planes(x), table(weight), table(bias)
+        spec, backend, given = ctx.spec, ctx.backend, ctx.given
+        tensors = dy, x, weight, bias
         eager = not torch.compiler.is_compiling()
         if eager and torch._C._functorch.is_legacy_batchedtensor(dy):  # of is_grads_batched=True
-            grads = _composed_backward(*tensors, added, labels, stats, ctx.spec, ctx.given)
+            grads = _composed_backward(*tensors, residual, labels, stats, spec, given)
         elif torch.is_grad_enabled():
             grads = _NormBackward.apply(
-                *tensors, added, labels, stats, ctx.spec, ctx.backend, ctx.given, need_dx
+                *tensors, residual, labels, stats, spec, backend, given, need_dx
             )
         else:  # nobody will differentiate this
-            grads = ctx.backend.backward(
-                *tensors, labels, added, stats, ctx.spec, ctx.given, need_dx
-            )
-        dx, dweight, dbias, dresidual = (
-            grad if grad is None or like is None or grad.shape == like.shape
-            else grad.reshape(like.shape)
-            for grad, like in zip(grads, (x, weight, bias, x), strict=True)
-        )  # fmt: skip
+            grads = _run_backward(backend, *tensors, labels, residual, stats, spec, given, need_dx)
+        dx, dweight, dbias, dresidual = grads
         if not need_dresidual:
             dresidual = None
         elif not ctx.folded:

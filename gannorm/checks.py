@@ -108,10 +108,6 @@ def check_tables(
                 f"bias, got {tuple(t.shape)}"
             )
         rows = t.shape[0]
-    _check_labels(labels, x, rows, op)
-
-
-def _check_labels(labels: Tensor, x: Tensor, rows: int | None, op: str) -> None:
     wanted = f"labels must be an int64 tensor of shape ({x.shape[0]},), one label per sample"
     if not isinstance(labels, Tensor):
         raise TypeError(f"{op}: {wanted}, got {type(labels).__name__}; pass torch.tensor(labels)")
@@ -122,6 +118,11 @@ def _check_labels(labels: Tensor, x: Tensor, rows: int | None, op: str) -> None:
         )
     if tuple(labels.shape) != (x.shape[0],):
         raise ValueError(f"{op}: {wanted}, got {labels.dtype} of shape {tuple(labels.shape)}")
+
+
+def check_label_values(labels: Tensor, weight: Tensor | None, bias: Tensor | None, op: str) -> None:
+    """Refuse labels that are no row of the tables (num_classes, C)."""
+    rows = next((len(t) for t in (weight, bias) if t is not None), None)
     if rows is None or not labels.numel():
         return
     if torch.compiler.is_compiling():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gannorm import native, ops, reference
-from gannorm.autograd import NormFunction, planes, table
+from gannorm.autograd import NormFunction, planes, run_forward, table
 from gannorm.backend import module_for, use_backend
 from gannorm.checks import (
     ACTIVATIONS,
@@ -27,6 +27,7 @@ from gannorm.checks import (
     check_floating,
     check_groups,
     check_input,
+    check_label_values,
     check_plane,
     check_tables,
     check_vector,
@@ -79,6 +80,8 @@ def _normalize(
     backend = reference if by_torch else module_for(x)
     compiling = torch.compiler.is_compiling()
     on_kernels = backend is not native and backend is not reference
+    if labels is not None and backend is not native:  # which looks itself
+        check_label_values(labels, weight, bias, op)
     rows, in_place = x, False
     if by_torch or compiling or not x.is_contiguous():
         rows = planes(x)
@@ -106,9 +109,20 @@ def _normalize(
             moved = plain and all(t.dtype == kind and not t.is_neg() for t in buffers)
         else:
             moved = plain and on_kernels and x.dtype != torch.float64
-        y, stats = NormFunction.apply(
-            rows, weight, bias, residual, labels, given, running if moved else None, spec, backend
-        )
+        moving = running if moved else None
+        try:
+            if torch.is_grad_enabled():
+                y, stats = NormFunction.apply(
+                    rows, weight, bias, residual, labels, given, moving, spec, backend
+                )
+            else:
+                y, stats = run_forward(
+                    backend, rows, weight, bias, labels, residual, given, spec, moving
+                )
+        except native.NoSuchRow:
+            if labels is not None:
+                check_label_values(labels, weight, bias, op)  # raises, in the user's words
+            raise
     if not moved:
         reference.update_running(running, stats)
     if rows is x:

@@ -11,6 +11,7 @@
  */
 
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,7 +21,8 @@ enum {
   SHORT = 1024,  /* planes up to this size are added up side by side in a batch's statistics */
   LANES = 32,    /* sums side by side */
   NARROW = 16,   /* planes below this size get their coefficients element by element */
-  SERIAL = 16384 /* fewer elements than that are not worth a second thread */
+  SERIAL = 16384, /* fewer elements than that are not worth a second thread */
+  FAR = 2097152 /* from as many on, the output's lines come from beyond the caches */
 };
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum { NONE, RELU, LEAKY_RELU, SILU };
@@ -41,11 +43,16 @@ typedef struct {
   const void *weight, *bias;        /* (K, C) */
   const int64_t *labels;            /* (N,), or NULL: row 0 for all */
   void *running_mean, *running_var; /* (C,) */
-  void *dweight, *dbias;            /* (K, C), zeros to begin with */
+  void *dweight, *dbias;            /* (K, C) */
+  /* Filled in here. */
   double *rstd; /* forward: (sets,), 1 / std before it is rounded */
   double *sums; /* backward: (2, N, C): of g * x_hat and of g over each plane */
-  int64_t own, width; /* filled in here: channels of a set, of a unit */
+  int64_t own, width; /* channels of a set, of a unit */
 } Norm;
+
+/* What is written soon, fetched while other lines are read. */
+#define EXPECT(to, i) \
+  __builtin_prefetch((to) + (i), 1), __builtin_prefetch((to) + (i) + 64 / sizeof(REAL), 1)
 
 #define INLINE static inline __attribute__((always_inline))
 /* One copy for both ways of dealing out work: inlined ones may round differently. */
@@ -65,7 +72,8 @@ typedef struct {
 
 /* A unit's channels are what a piece holds of them, and not more than a thread's share. */
 static Norm prepared(const Norm *given) {
-  Norm p = *given;
+  Norm p = {0};
+  memcpy(&p, given, offsetof(Norm, rstd));
   p.own = p.groups ? p.c / p.groups : 1;
   int64_t most = PIECE / (p.own * p.s);
   if (p.groups == 0) most = least(most, parts(p.c, 2 * p.threads));
@@ -191,11 +199,19 @@ static int is_labelled_wrong(const Norm *p) {
 int norm_forward(const Norm *given) {
   Norm p = prepared(given);
   if (is_labelled_wrong(&p)) return NO_ROW;
-  return p.dtype == FLOAT64 ? forward_double(&p) : forward_float(&p);
+  p.rstd = malloc(sets_of(&p) * sizeof(double));
+  if (!p.rstd) return 1;
+  int failed = p.dtype == FLOAT64 ? forward_double(&p) : forward_float(&p);
+  free(p.rstd);
+  return failed;
 }
 
 int norm_backward(const Norm *given) {
   Norm p = prepared(given);
   if (is_labelled_wrong(&p)) return NO_ROW;
-  return p.dtype == FLOAT64 ? backward_double(&p) : backward_float(&p);
+  p.sums = malloc(2 * p.n * p.c * sizeof(double));
+  if (!p.sums) return 1;
+  int failed = p.dtype == FLOAT64 ? backward_double(&p) : backward_float(&p);
+  free(p.sums);
+  return failed;
 }

@@ -16,12 +16,12 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,24 +34,9 @@ FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fope
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as the source's enum
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
 
-_int, _real, _pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = [
-        *((name, _int) for name in ("n", "c", "s", "groups", "rows")),
-        *((name, _int) for name in ("dtype", "activation", "residual_after", "threads")),
-        *((name, _real) for name in ("eps", "slope", "momentum", "bessel")),
-        *(
-            (name, _int)
-            for t in ("x", "residual", "y", "dy", "dx", "g")
-            for name in (t, f"{t}_sample")
-        ),
-        *((name, _pointer) for name in ("stats", "mean", "var", "weight", "bias", "labels")),
-        *((name, _pointer) for name in ("running_mean", "running_var")),
-        *((name, _pointer) for name in ("dweight", "dbias", "rstd", "sums")),
-        *((name, _int) for name in ("own", "width")),
-    ]
+# The source's Norm, as far as it is given: 9 integers, 4 reals, 6 tensors (address, elements from
+# sample to sample), 10 addresses. One call to pack it costs less than a structure of ctypes.
+_norm = struct.Struct("=9q4d12q10q").pack
 
 
 @functools.cache
@@ -102,15 +87,20 @@ def serves(x: Tensor) -> bool:
     return compiled is not None and (x.dtype != torch.float16 or bool(compiled.norm_float16()))
 
 
+class NoSuchRow(IndexError):
+    """A label is no row of the table."""
+
+
 def _dense(t: Tensor) -> Tensor:
-    """`t` (N, C, S) with every sample dense."""
-    t = t.resolve_neg()  # of an imaginary part
+    """`t` (N, C, ...) with every sample dense."""
+    if t.is_neg():  # of an imaginary part
+        t = t.resolve_neg()
     if not t.data_ptr() and t.numel():
         # Zeros of autograd's that have no memory.
         t = t + torch.zeros((), dtype=t.dtype, device=t.device)
-    _, c, s = t.shape
-    _, between, inner = t.stride()
-    return t if (inner == 1 or s == 1) and (between == s or c == 1) else t.contiguous()
+    if t.is_contiguous() or (t.dim() == 3 and t[0].is_contiguous()):
+        return t
+    return t.contiguous()
 
 
 def _table(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -119,74 +109,62 @@ def _table(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t.detach().to(dtype).contiguous().resolve_neg()
 
 
-def _pointed(t: Tensor | None) -> int:
+def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, labels: Tensor | None,
-    residual: Tensor | None, spec: NormSpec,
-) -> tuple[_Norm, Any]:  # fmt: skip
-    """The call's description, and what it points to."""
-    dtype = stat_dtype(x.dtype)
-    n, c, s = x.shape
-    weight, bias = _table(weight, dtype), _table(bias, dtype)
-    labels = None if labels is None else labels.contiguous()
-    groups, eps, activation, slope, after = spec
-    rows = next((len(t) for t in (weight, bias) if t is not None), 2**62)
-    p = _Norm(
-        n, c, s, groups, rows, DTYPES.index(x.dtype), ACTIVATIONS.index(activation), after,
-        torch.get_num_threads(), eps, slope, 0.0, 0.0, x.data_ptr(), x.stride(0),
-    )  # fmt: skip
-    p.weight, p.bias, p.labels = _pointed(weight), _pointed(bias), _pointed(labels)
-    if residual is not None:
-        residual = _dense(residual)
-        p.residual, p.residual_sample = residual.data_ptr(), residual.stride(0)
-    return p, (weight, bias, labels, residual)
+def _rows(weight: Tensor | None, bias: Tensor | None) -> int:
+    """K: any, where there is no table."""
+    one = bias if weight is None else weight
+    return 2**62 if one is None else one.shape[0] if one.dim() == 2 else 1
 
 
-def _run(name: str, p: _Norm) -> None:
-    compiled = kernels()
-    assert compiled is not None
-    failed = getattr(compiled, name)(ctypes.byref(p))
+def _run(name: str, rows: int, norm: bytes) -> None:
+    failed = getattr(kernels(), name)(norm)
     if failed == 2:
-        raise IndexError(f"a label lies outside of the table's rows 0..{p.rows - 1}")
+        raise NoSuchRow(f"a label lies outside of the table's rows 0..{rows - 1}")
     if failed:
-        raise MemoryError(f"no memory for the partial sums of a norm over {p.n} x {p.c} planes")
+        raise MemoryError("no memory for a norm's partial sums")
 
 
 def forward(
-    x: Tensor,  # (N, C, S)
-    weight: Tensor | None,  # (K, C)
+    x: Tensor,  # (N, C, ...)
+    weight: Tensor | None,  # (C,), or (K, C)
     bias: Tensor | None,
     labels: Tensor | None,
-    residual: Tensor | None,  # (N, C, S)
+    residual: Tensor | None,  # as x
     given: tuple[Tensor, Tensor] | None,
     spec: NormSpec,
     running: Running | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.forward`; moves the running statistics (contiguous, of x's kind) too."""
-    dtype, (n, c, s) = stat_dtype(x.dtype), x.shape
-    x = _dense(x)
-    p, _kept = _norm(x, weight, bias, labels, residual, spec)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    stats = torch.empty(
-        (4, n, spec.groups) if spec.groups else (4, c), dtype=dtype, device=x.device
-    )
-    rstd = torch.empty(stats.shape[1:], dtype=torch.float64, device=x.device)
-    p.y, p.y_sample, p.stats, p.rstd = y.data_ptr(), c * s, stats.data_ptr(), rstd.data_ptr()
-    if given is not None:
-        mean, var = _table(given[0], dtype), _table(given[1], dtype)
-        p.mean, p.var = _pointed(mean), _pointed(var)
-    if running is not None:
-        p.running_mean, p.running_var = (_pointed(t) for t in running[:2])
-        p.momentum, p.bessel = running[2:]
-    _run("norm_forward", p)
+    dtype, x = stat_dtype(x.dtype), _dense(x)
+    n, c = x.shape[:2]
+    groups, eps, activation, slope, after = spec
+    weight, bias = _table(weight, dtype), _table(bias, dtype)
+    labels = None if labels is None else labels.contiguous()
+    residual = None if residual is None else _dense(residual)
+    rows = _rows(weight, bias)
+    mean, var = given or (None, None)
+    mean, var = _table(mean, dtype), _table(var, dtype)
+    running_mean, running_var, momentum, bessel = running or (None, None, 0.0, 0.0)
+    y = x.new_empty(x.shape)
+    stats = x.new_empty((4, n, groups) if groups else (4, c), dtype=dtype)
+    _run("norm_forward", rows, _norm(
+        n, c, x.numel() // (n * c), groups, rows,
+        DTYPES.index(x.dtype), ACTIVATIONS.index(activation), after, torch.get_num_threads(),
+        eps, slope, momentum, bessel,
+        x.data_ptr(), x.stride(0),
+        _address(residual), 0 if residual is None else residual.stride(0),
+        y.data_ptr(), y.stride(0), 0, 0, 0, 0, 0, 0,
+        stats.data_ptr(), _address(mean), _address(var), _address(weight), _address(bias),
+        _address(labels), _address(running_mean), _address(running_var), 0, 0,
+    ))  # fmt: skip
     return y, stats
 
 
 def backward(
-    dy: Tensor,  # (N, C, S)
+    dy: Tensor,  # (N, C, ...)
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -198,25 +176,31 @@ def backward(
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """As `reference.backward`; no g where nobody needs it."""
-    n, c, s = x.shape
-    x, dy, stats = _dense(x), _dense(dy.to(x.dtype)), stats.contiguous()
-    p, _kept = _norm(x, weight, bias, labels, residual, spec)
-    sums = torch.empty((2, n, c), dtype=torch.float64, device=x.device)
-    p.dy, p.dy_sample = dy.data_ptr(), dy.stride(0)
-    p.stats, p.sums = stats.data_ptr(), sums.data_ptr()
-    dx, g = (torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None
-             for wanted in (need_dx, residual is not None))  # fmt: skip
-    if dx is not None:
-        p.dx, p.dx_sample = dx.data_ptr(), c * s
-    if g is not None:
-        p.g, p.g_sample = g.data_ptr(), c * s
-    if given:
-        p.mean = stats.data_ptr()  # to say that they were
-    grads = [None if t is None else stats.new_zeros(t.shape) for t in (weight, bias)]
-    p.dweight, p.dbias = (_pointed(t) for t in grads)
-    _run("norm_backward", p)
-    dweight, dbias = (
-        None if grad is None or t is None else grad.to(t.dtype)
-        for grad, t in zip(grads, (weight, bias), strict=True)
-    )
+    dtype, x, stats = stat_dtype(x.dtype), _dense(x), stats.contiguous()
+    n, c = x.shape[:2]
+    dy = _dense(dy if dy.dtype is x.dtype else dy.to(x.dtype))
+    gain, shift = _table(weight, dtype), _table(bias, dtype)
+    rows = _rows(gain, shift)
+    labels = None if labels is None else labels.contiguous()
+    residual = None if residual is None else _dense(residual)
+    dx = x.new_empty(x.shape) if need_dx else None
+    g = None if residual is None else x.new_empty(x.shape)
+    dweight = None if gain is None else gain.new_empty(gain.shape)
+    dbias = None if shift is None else shift.new_empty(shift.shape)
+    each = x.numel() // n
+    _run("norm_backward", rows, _norm(
+        n, c, each // c, spec.groups, rows,
+        DTYPES.index(x.dtype), ACTIVATIONS.index(spec.activation), 0, torch.get_num_threads(),
+        spec.eps, spec.negative_slope, 0.0, 0.0,
+        x.data_ptr(), x.stride(0),
+        _address(residual), 0 if residual is None else residual.stride(0),
+        0, 0, dy.data_ptr(), dy.stride(0), _address(dx), each, _address(g), each,
+        stats.data_ptr(), stats.data_ptr() if given else 0, 0,  # a mean: to say that it was given
+        _address(gain), _address(shift), _address(labels), 0, 0,
+        _address(dweight), _address(dbias),
+    ))  # fmt: skip
+    if dweight is not None and weight is not None and dweight.dtype is not weight.dtype:
+        dweight = dweight.to(weight.dtype)
+    if dbias is not None and bias is not None and dbias.dtype is not bias.dtype:
+        dbias = dbias.to(bias.dtype)
     return dx, dweight, dbias, g

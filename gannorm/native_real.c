@@ -24,6 +24,13 @@ static REAL *NAME(target)(const Norm *p, const Tensor *t, int64_t n, int64_t c, 
   return p->dtype == OWN ? (REAL *)at(p, t, n, c, start, sizeof(REAL)) : buffer;
 }
 
+/* Elements of t that are worth an EXPECT; else `near`, whose lines are at hand. */
+static const REAL *NAME(expected)(const Norm *p, const Tensor *t, int64_t n, int64_t c,
+                                  int64_t start, const REAL *near) {
+  if (!t->data || p->dtype != OWN || p->n * p->c * p->s < FAR) return near;
+  return (const REAL *)at(p, t, n, c, start, sizeof(REAL));
+}
+
 static void NAME(store)(const Norm *p, const Tensor *t, int64_t n, int64_t c, int64_t start,
                         int64_t count, const REAL *restrict buffer) {
   if (p->dtype == OWN) return;
@@ -69,19 +76,21 @@ static REAL NAME(total)(REAL *sums) {
 
 /* Sums around the mean of the first LANES values: however far from 0 all are, and even if these
  * are unlike the others, that is near enough to the mean to leave the variance its digits. */
-static NAME(Moments) NAME(moments)(const REAL *restrict a, int64_t count) {
+static NAME(Moments) NAME(moments)(const REAL *restrict a, int64_t count, const REAL *next) {
   REAL middle, sum = 0, square = 0, sums[LANES] = {0}, squares[LANES] = {0};
   int64_t few = least(count, LANES);
   for (int64_t i = 0; i < few; i++) sums[i] = a[i] - a[0];
   middle = a[0] + NAME(total)(sums) / few;
   memset(sums, 0, sizeof(sums));
   int64_t whole = count < 4 * LANES ? 0 : count - count % LANES;
-  for (int64_t i = 0; i < whole; i += LANES)
+  for (int64_t i = 0; i < whole; i += LANES) {
+    EXPECT(next, i);
     for (int k = 0; k < LANES; k++) {
       REAL d = a[i + k] - middle;
       sums[k] += d;
       squares[k] += d * d;
     }
+  }
 #pragma omp simd reduction(+ : sum, square)
   for (int64_t i = whole; i < count; i++) {
     REAL d = a[i] - middle;
@@ -105,7 +114,9 @@ ONCE NAME(Moments) NAME(piece)(const Norm *p, int64_t n, int64_t c, int64_t k) {
   REAL buffer[PIECE];
   int64_t run = p->groups ? p->own * p->s : p->s, chunks = parts(run, PIECE);
   int64_t start = k % chunks * PIECE, count = least(PIECE, run - start);
-  return NAME(moments)(NAME(load)(p, &p->x, n + k / chunks, c, start, count, buffer), count);
+  n += k / chunks;
+  const REAL *a = NAME(load)(p, &p->x, n, c, start, count, buffer);
+  return NAME(moments)(a, count, NAME(expected)(p, &p->y, n, c, start, a));
 }
 
 static int64_t NAME(pieces)(const Norm *p) {
@@ -139,6 +150,8 @@ static void NAME(columns)(const Norm *p, Unit u, NAME(Moments) *found) {
     memset(sum, 0, width * sizeof(REAL));
     for (int64_t n = n0; n < n1; n++) {
       const REAL *restrict a = NAME(load)(p, &p->x, n, u.c0, 0, width, buffer);
+      const REAL *next = NAME(expected)(p, &p->y, n, u.c0, 0, NULL);
+      for (int64_t i = 0; next && i < width; i += 128 / sizeof(REAL)) EXPECT(next, i);
       for (int64_t i = 0; i < width; i++) {
         REAL d = a[i] - middle[i];
         sum[i] += d;
@@ -403,17 +416,20 @@ static const REAL *NAME(gradient)(const Norm *p, Cut at, const NAME(Affine) *a, 
 }
 
 INLINE void NAME(sum_planes)(const REAL *x, const REAL *g, int64_t planes, int64_t s, int64_t start,
-                             const NAME(Affine) *a, double *gx_sum, double *g_sum) {
+                             const NAME(Affine) *a, double *gx_sum, double *g_sum,
+                             const REAL *next) {
   for (int64_t j = 0; j < planes; j++) {
     const REAL *restrict xs = x + j * s, *restrict gs = g + j * s;
     REAL sum = 0, product = 0, mean = a->center[j], rstd = a->rstd[j];
     REAL sums[LANES] = {0}, products[LANES] = {0};
     int64_t whole = s < 4 * LANES ? 0 : s - s % LANES;
-    for (int64_t i = 0; i < whole; i += LANES)
+    for (int64_t i = 0; i < whole; i += LANES) {
+      EXPECT(next + j * s, i);
       for (int k = 0; k < LANES; k++) {
         sums[k] += gs[i + k];
         products[k] += gs[i + k] * ((xs[i + k] - mean) * rstd);
       }
+    }
 #pragma omp simd reduction(+ : sum, product)
     for (int64_t i = whole; i < s; i++) {
       sum += gs[i];
@@ -436,12 +452,13 @@ ONCE void NAME(sum)(const Norm *p, Cut at, double *to) {
   const REAL *x = NAME(load)(p, &p->x, n, c, start, all, bx);
   REAL *kept = NAME(kept)(p, at);
   const REAL *g = NAME(gradient)(p, at, &a, x, kept ? kept : bg);
+  const REAL *next = p->groups && !kept ? NAME(expected)(p, &p->dx, n, c, start, x) : x;
   if (s == 16)
-    NAME(sum_planes)(x, g, at.planes, 16, start, &a, gx_sum, g_sum);
+    NAME(sum_planes)(x, g, at.planes, 16, start, &a, gx_sum, g_sum, next);
   else if (s == 64)
-    NAME(sum_planes)(x, g, at.planes, 64, start, &a, gx_sum, g_sum);
+    NAME(sum_planes)(x, g, at.planes, 64, start, &a, gx_sum, g_sum, next);
   else
-    NAME(sum_planes)(x, g, at.planes, s, start, &a, gx_sum, g_sum);
+    NAME(sum_planes)(x, g, at.planes, s, start, &a, gx_sum, g_sum, next);
   if (!p->g.data || kept) return;
   REAL *out = NAME(target)(p, &p->g, n, c, start, bg);
   if (out != g) memcpy(out, g, all * sizeof(REAL));
@@ -517,6 +534,7 @@ ONCE void NAME(dx)(const Norm *p, Cut at, double *means) {
 static void NAME(rows)(const Norm *p, void *table, const double *sums) {
   enum { SPAN = 64 };
   if (!table) return;
+  if (p->labels) memset(table, 0, p->rows * p->c * sizeof(REAL));
 #pragma omp parallel for num_threads(p->threads) if (p->threads > 1 && p->n * p->c >= SERIAL)
   for (int64_t first = 0; first < p->c; first += SPAN) {
     int64_t count = least(SPAN, p->c - first);

@@ -40,8 +40,11 @@ Running = tuple[Tensor | None, Tensor | None, float, float]
 def transformed() -> bool:
     """Whether torch.func, forward-mode AD or torch.jit.trace is at work: they take the composition
     of torch ops, none of them in place."""
-    functorch = torch._C._functorch.maybe_current_level() is not None
-    return functorch or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+    return (
+        torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+    )
 
 
 def has_values(t: Tensor) -> bool:
