@@ -39,7 +39,7 @@ DIRECTIONS = ("forward", "both")
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    timing.check_device(args.device)
+    timing.use_device(args.device)
     todo, growing = select(args)
     if not todo and not growing:
         raise RequestError(f"--only {args.only}: no case has this in its name")

@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one round of each config")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     args = parser.parse_args(argv)
-    timing.check_device(args.device)
+    timing.use_device(args.device)
     todo = [(name, [choice], False) for name, choice in DEFAULTS.items()]
     if args.device == "cuda" and not args.quick:
         todo += [(name, [f"experiment={name}"], True) for name in RECIPES]

@@ -83,9 +83,9 @@ def _normalize(
     if labels is not None and backend is not native:  # which looks itself
         check_label_values(labels, weight, bias, op)
     rows, in_place = x, False
-    if by_torch or compiling or not x.is_contiguous():
+    if by_torch or compiling or not (native.takes(x) if backend is native else x.is_contiguous()):
         rows = planes(x)
-        in_place = on_kernels and _channels_last(rows)
+        in_place = (on_kernels or backend is native) and _channels_last(rows)
         if rows.stride(2) != 1 and not in_place:
             rows = rows.contiguous()
         residual = None if residual is None else planes(residual)

@@ -1,13 +1,14 @@
 /* Every norm on a CPU, forward and backward (see native.py).
  *
- * x is (N, C, S), every sample dense. A set is what shares a mean and a variance: one channel of
+ * x is (N, C, S), every sample dense: planes of S elements, or (channels last) rows of C. A set is what shares a mean and a variance: one channel of
  * the batch (groups = 0), or C / groups channels of one sample. A unit is whole sets: channels side
  * by side, of one sample or of all. A thread takes a unit, and finds it in its cache when it looks
  * a second time; where there are too few units, pieces are dealt out instead. A piece has at most
  * PIECE elements; sums are REAL inside a piece and double across pieces, and are added up in one
- * order, whatever the number of threads.
+ * order, whatever the number of threads. Rows are worked on as they lie, the channels side by side.
  *
- * REAL is float, to which half types are converted by the piece, and double.
+ * REAL is float, to which half types are converted by the piece, and double; WIDE tells what a mean
+ * loses when it is rounded to REAL.
  */
 
 #include <math.h>
@@ -20,7 +21,8 @@ enum {
   PIECE = 2048,
   SHORT = 1024,  /* planes up to this size are added up side by side in a batch's statistics */
   LANES = 32,    /* sums side by side */
-  NARROW = 16,   /* planes below this size get their coefficients element by element */
+  NARROW = 16,   /* planes (rows) below this size get their coefficients element by element */
+  ROWS = 128,    /* about so many have sums of their own */
   SERIAL = 16384, /* fewer elements than that are not worth a second thread */
   FAR = 2097152 /* from as many on, the output's lines come from beyond the caches */
 };
@@ -35,7 +37,7 @@ typedef struct {
 
 typedef struct {
   int64_t n, c, s, groups, rows; /* rows: K, of the tables */
-  int64_t dtype, activation, residual_after, threads;
+  int64_t dtype, activation, residual_after, threads, last; /* last: channels */
   double eps, slope, momentum, bessel;
   Tensor x, residual, y, dy, dx, g;
   void *stats;                      /* (4, sets): mean, its rounding error, 1 / std, variance */
@@ -97,18 +99,34 @@ static int64_t set_of(const Norm *p, int64_t n, int64_t c) {
 }
 
 /* A batch's statistics over short planes: of many planes side by side. */
-static int is_short(const Norm *p) { return p->groups == 0 && p->s <= SHORT; }
+static int is_short(const Norm *p) { return !p->last && p->groups == 0 && p->s <= SHORT; }
 
 static int by_units(const Norm *p) {
+  if (p->last) return 0;
   return p->threads == 1 || is_short(p) || units_of(p) >= 4 * p->threads;
 }
 
-/* What one step works on: whole planes side by side, or elements [start, start + count) of one. */
+/* What is worked on at once, contiguous and at most a PIECE: whole planes side by side, or elements
+ * [start, start + count) of one; or rows [start, start + count), or a part of one. A stretch, which
+ * has sums of its own, is a cut or, of rows, some. */
 typedef struct {
   int64_t n, c, planes, start, count;
 } Cut;
 
-static int64_t planes_of(const Norm *p) { return p->s < PIECE ? PIECE / p->s : 1; } /* a cut's */
+static int64_t planes_of(const Norm *p) {
+  return p->last ? least(p->c, PIECE) : p->s < PIECE ? PIECE / p->s : 1;
+}
+
+static int64_t length_of(const Norm *p) { return p->last ? PIECE / planes_of(p) : PIECE; }
+
+static int64_t stretch_of(const Norm *p) {
+  return p->last ? length_of(p) * parts(ROWS, length_of(p)) : PIECE;
+}
+
+static Cut first_of(const Norm *p, Cut stretch) {
+  stretch.count = least(length_of(p), stretch.count);
+  return stretch;
+}
 
 static void walk(const Norm *p, Unit u, void (*step)(const Norm *, Cut, double *), double *extra) {
   int64_t planes = planes_of(p), end = u.c0 + u.count;
@@ -120,19 +138,26 @@ static void walk(const Norm *p, Unit u, void (*step)(const Norm *, Cut, double *
       }
 }
 
-static int64_t cuts_of(const Norm *p) {
-  return p->n * parts(p->c, planes_of(p)) * parts(p->s, PIECE);
+/* Stretches of a sample, and one of all samples'. */
+static int64_t items_of(const Norm *p) {
+  return parts(p->c, planes_of(p)) * parts(p->s, stretch_of(p));
 }
 
-static Cut cut_of(const Norm *p, int64_t k) {
-  int64_t chunks = parts(p->s, PIECE), planes = planes_of(p), row = parts(p->c, planes);
-  int64_t start = k % chunks * PIECE, c = k / chunks % row * planes;
-  Cut at = {k / chunks / row, c, least(planes, p->c - c), start, least(PIECE, p->s - start)};
+static Cut item_of(const Norm *p, int64_t k) {
+  int64_t length = stretch_of(p), chunks = parts(p->s, length), planes = planes_of(p);
+  int64_t row = parts(p->c, planes), start = k % chunks * length, c = k / chunks % row * planes;
+  Cut at = {k / chunks / row, c, least(planes, p->c - c), start, least(length, p->s - start)};
   return at;
 }
 
+/* Into how many runs of samples rows are dealt out; within one all threads share every step. */
+static int64_t runs_of(const Norm *p) {
+  return p->last && p->groups && p->n >= 2 * p->threads ? p->n : 1;
+}
+
 static char *at(const Norm *p, const Tensor *t, int64_t n, int64_t c, int64_t start, int64_t size) {
-  return t->data + size * (n * t->sample + c * p->s + start);
+  int64_t inside = p->last ? start * p->c + c : c * p->s + start;
+  return t->data + size * (n * t->sample + inside);
 }
 
 static inline float widen(uint16_t half) {
@@ -169,13 +194,16 @@ static inline double sigmoid_double(double x) { return 1.0 / (1.0 + exp(-x)); }
 
 #define REAL float
 #define OWN FLOAT32
+#define WIDE double
 #define NAME(name) name##_float
 #include "native_real.c"
 #undef REAL
+#undef WIDE
 #undef OWN
 #undef NAME
 #define REAL double
 #define OWN FLOAT64
+#define WIDE long double
 #define NAME(name) name##_double
 #include "native_real.c"
 

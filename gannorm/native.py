@@ -34,9 +34,9 @@ FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fope
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as the source's enum
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
 
-# The source's Norm, as far as it is given: 9 integers, 4 reals, 6 tensors (address, elements from
+# The source's Norm, as far as it is given: 10 integers, 4 reals, 6 tensors (address, elements from
 # sample to sample), 10 addresses. One call to pack it costs less than a structure of ctypes.
-_norm = struct.Struct("=9q4d12q10q").pack
+_norm = struct.Struct("=10q4d12q10q").pack
 
 
 @functools.cache
@@ -81,6 +81,20 @@ def _build(compiler: list[str]) -> Path:
     return path
 
 
+def keep_memory() -> None:
+    """Let this process keep the memory it frees, instead of the system.
+
+    The C library returns tensors of more than 32 MB at once; the pages of the next one then cost
+    more than a norm on it. Where there is no such setting (it is glibc's), nothing happens.
+    """
+    if sys.platform != "linux":
+        return
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
+        set_option(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes that may lie free at the top
+
+
 def serves(x: Tensor) -> bool:
     """Whether these kernels take `x`."""
     compiled = kernels() if x.dtype in DTYPES and x.numel() else None
@@ -91,16 +105,31 @@ class NoSuchRow(IndexError):
     """A label is no row of the table."""
 
 
-def _dense(t: Tensor) -> Tensor:
-    """`t` (N, C, ...) with every sample dense."""
+def takes(x: Tensor) -> bool:
+    """Whether `x` is worked on as it lies, in its own shape."""
+    return x.is_contiguous() or _is_last(x)
+
+
+def _is_last(x: Tensor) -> bool:
+    """Whether the channels of `x` (N, C, ...) lie side by side, and nothing between."""
+    if x.dim() == 3:
+        n, c, s = x.shape
+        return x.stride()[1:] == (1, c) and (n == 1 or x.stride(0) == c * s)
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _dense(t: Tensor, x: Tensor | None = None) -> Tensor:
+    """`t` (N, C, ...) with every sample dense; in the layout of `x`, if that has channels last."""
     if t.is_neg():  # of an imaginary part
         t = t.resolve_neg()
     if not t.data_ptr() and t.numel():
         # Zeros of autograd's that have no memory.
         t = t + torch.zeros((), dtype=t.dtype, device=t.device)
+    if x is not None and not x.is_contiguous() and _is_last(x):
+        return t if _is_last(t) else torch.empty_like(x, dtype=t.dtype).copy_(t)
     if t.is_contiguous() or (t.dim() == 3 and t[0].is_contiguous()):
         return t
-    return t.contiguous()
+    return t if x is None and _is_last(t) else t.contiguous()
 
 
 def _table(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -143,16 +172,17 @@ def forward(
     groups, eps, activation, slope, after = spec
     weight, bias = _table(weight, dtype), _table(bias, dtype)
     labels = None if labels is None else labels.contiguous()
-    residual = None if residual is None else _dense(residual)
+    residual = None if residual is None else _dense(residual, x)
+    last = not x.is_contiguous() and _is_last(x)
     rows = _rows(weight, bias)
     mean, var = given or (None, None)
     mean, var = _table(mean, dtype), _table(var, dtype)
     running_mean, running_var, momentum, bessel = running or (None, None, 0.0, 0.0)
-    y = x.new_empty(x.shape)
+    y = torch.empty_like(x) if last else x.new_empty(x.shape)
     stats = x.new_empty((4, n, groups) if groups else (4, c), dtype=dtype)
     _run("norm_forward", rows, _norm(
         n, c, x.numel() // (n * c), groups, rows,
-        DTYPES.index(x.dtype), ACTIVATIONS.index(activation), after, torch.get_num_threads(),
+        DTYPES.index(x.dtype), ACTIVATIONS.index(activation), after, torch.get_num_threads(), last,
         eps, slope, momentum, bessel,
         x.data_ptr(), x.stride(0),
         _address(residual), 0 if residual is None else residual.stride(0),
@@ -178,19 +208,22 @@ def backward(
     """As `reference.backward`; no g where nobody needs it."""
     dtype, x, stats = stat_dtype(x.dtype), _dense(x), stats.contiguous()
     n, c = x.shape[:2]
-    dy = _dense(dy if dy.dtype is x.dtype else dy.to(x.dtype))
+    dy = _dense(dy if dy.dtype is x.dtype else dy.to(x.dtype), x)
+    last = not x.is_contiguous() and _is_last(x)
     gain, shift = _table(weight, dtype), _table(bias, dtype)
     rows = _rows(gain, shift)
     labels = None if labels is None else labels.contiguous()
-    residual = None if residual is None else _dense(residual)
-    dx = x.new_empty(x.shape) if need_dx else None
-    g = None if residual is None else x.new_empty(x.shape)
+    residual = None if residual is None else _dense(residual, x)
+    dx, g = (
+        None if not wanted else torch.empty_like(x) if last else x.new_empty(x.shape)
+        for wanted in (need_dx, residual is not None)
+    )
     dweight = None if gain is None else gain.new_empty(gain.shape)
     dbias = None if shift is None else shift.new_empty(shift.shape)
     each = x.numel() // n
     _run("norm_backward", rows, _norm(
         n, c, each // c, spec.groups, rows,
-        DTYPES.index(x.dtype), ACTIVATIONS.index(spec.activation), 0, torch.get_num_threads(),
+        DTYPES.index(x.dtype), ACTIVATIONS.index(spec.activation), 0, torch.get_num_threads(), last,
         spec.eps, spec.negative_slope, 0.0, 0.0,
         x.data_ptr(), x.stride(0),
         _address(residual), 0 if residual is None else residual.stride(0),

@@ -172,6 +172,59 @@ static void NAME(columns)(const Norm *p, Unit u, NAME(Moments) *found) {
   }
 }
 
+/* Every channel's moments over a cut of many rows, as `moments` of a plane. */
+ONCE void NAME(band)(const Norm *p, Cut at, WIDE *mean, double *squares) {
+  REAL buffer[PIECE], middle[PIECE], sum[PIECE], square[PIECE];
+  int64_t n = at.n, c = at.c, planes = at.planes, end = at.start + at.count;
+  int64_t length = length_of(p), few = least(least(at.count, length), LANES);
+  const REAL *a = NAME(load)(p, &p->x, n, c, at.start, few * planes, buffer);
+  memset(sum, 0, planes * sizeof(REAL));
+  for (int64_t r = 0; r < few; r++)
+    for (int64_t j = 0; j < planes; j++) sum[j] += a[r * planes + j] - a[j];
+  for (int64_t j = 0; j < planes; j++) middle[j] = a[j] + sum[j] / few;
+  memset(sum, 0, planes * sizeof(REAL));
+  memset(square, 0, planes * sizeof(REAL));
+  for (int64_t start = at.start; start < end; start += length) {
+    int64_t rows = least(length, end - start);
+    a = NAME(load)(p, &p->x, n, c, start, rows * planes, buffer);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t j = 0; j < planes; j++) {
+        REAL d = a[r * planes + j] - middle[j];
+        sum[j] += d;
+        square[j] += d * d;
+      }
+  }
+  double count = at.count;
+  int finite = 1;
+  for (int64_t j = 0; j < planes; j++) {
+    mean[j] = (WIDE)middle[j] + (double)sum[j] / count;
+    squares[j] = square[j] - (double)sum[j] * sum[j] / count;
+    finite &= isfinite(squares[j]) != 0;
+  }
+  if (finite) return;
+  double wide[PIECE] = {0}, d;
+  for (int64_t start = at.start; start < end; start++) {
+    a = NAME(load)(p, &p->x, n, c, start, planes, buffer);
+    for (int64_t j = 0; j < planes; j++) wide[j] += a[j];
+  }
+  for (int64_t j = 0; j < planes; j++) mean[j] = wide[j] / count, squares[j] = 0;
+  for (int64_t start = at.start; start < end; start++) {
+    a = NAME(load)(p, &p->x, n, c, start, planes, buffer);
+    for (int64_t j = 0; j < planes; j++) d = a[j] - (double)mean[j], squares[j] += d * d;
+  }
+}
+
+/* `merge` of many channels, where all have `seen` values, the others `more`. */
+ONCE void NAME(join)(int64_t count, WIDE *mean, double *squares, double seen, const WIDE *means,
+                     const double *others, double more) {
+  double share = more / (seen + more);
+  for (int64_t j = 0; j < count; j++) {
+    double delta = (double)(means[j] - mean[j]);
+    squares[j] += others[j] + delta * delta * (seen * share);
+    mean[j] += (WIDE)delta * share;
+  }
+}
+
 /* As torch's lerp: exact at both ends. */
 static REAL NAME(moved)(REAL from, REAL to, REAL share) {
   return share < (REAL)0.5 ? from + share * (to - from) : to - (to - from) * (1 - share);
@@ -194,16 +247,25 @@ ONCE void NAME(finish_set)(const Norm *p, int64_t i, long double mean, double va
 
 /* ---- (x - mean) * scale + shift, and what follows */
 
-/* Coefficients of a cut: for each plane, the first three for each element where planes are narrow.
+/* Coefficients of a cut: for each plane, the first three for each element where it is narrow.
  * x_hat = (x - center) * rstd - lag. */
 typedef struct {
   REAL mean[PIECE], scale[PIECE], shift[PIECE];
   REAL center[PIECE], rstd[PIECE], lag[PIECE], gain[PIECE];
 } NAME(Affine);
 
+/* Whether a cut's coefficients are those of its elements, not of its planes or of its rows. */
+static int NAME(is_narrow)(const Norm *p, Cut at) {
+  return (p->last ? at.planes : at.count) < NARROW;
+}
+
 /* One number for each plane as one for each element, from the back: in place. */
-static void NAME(spread)(REAL *a, Cut at) {
-  if (at.count >= NARROW) return;
+static void NAME(spread)(const Norm *p, REAL *a, Cut at) {
+  if (!NAME(is_narrow)(p, at)) return;
+  if (p->last) {
+    for (int64_t i = at.planes; i < at.planes * at.count; i++) a[i] = a[i - at.planes];
+    return;
+  }
   for (int64_t j = at.planes - 1; j >= 0; j--) {
     REAL value = a[j];
     for (int64_t i = at.count - 1; i >= 0; i--) a[j * at.count + i] = value;
@@ -214,38 +276,44 @@ ONCE void NAME(describe)(const Norm *p, Cut at, NAME(Affine) *a) {
   int64_t n = at.n, c0 = at.c, count = at.planes;
   int64_t sets = sets_of(p), own = p->own, row = (p->labels ? p->labels[n] : 0) * p->c + c0;
   int64_t first = set_of(p, n, c0);
-  const REAL *stats = (const REAL *)p->stats + first, *stats_var = stats + 3 * sets;
+  const REAL *stats = (const REAL *)p->stats + first;
   const REAL *restrict weight = p->weight ? (const REAL *)p->weight + row : NULL;
   const REAL *restrict bias = p->bias ? (const REAL *)p->bias + row : NULL;
+  REAL *var = a->mean; /* until the mean itself is known */
+  for (int64_t j = 0; j < count; j++) a->gain[j] = weight ? weight[j] : 1;
   if (own == 1) {
     memcpy(a->center, stats, count * sizeof(REAL));
     memcpy(a->rstd, stats + 2 * sets, count * sizeof(REAL));
-    for (int64_t j = 0; j < count; j++) a->lag[j] = stats[sets + j] * stats[2 * sets + j];
+    memcpy(var, stats + 3 * sets, count * sizeof(REAL));
+    for (int64_t j = 0; j < count; j++) a->lag[j] = stats[sets + j] * a->rstd[j];
+    if (p->rstd) /* rounded once */
+      for (int64_t j = 0; j < count; j++) a->scale[j] = (REAL)(p->rstd[first + j] * a->gain[j]);
+    else
+      for (int64_t j = 0; j < count; j++) a->scale[j] = a->rstd[j] * a->gain[j];
   } else {
-    for (int64_t j = 0; j < count; stats++)
+    for (int64_t i = 0, j = 0; j < count; i++) {
+      REAL rstd = stats[2 * sets + i], lag = stats[sets + i] * rstd;
+      double exact = p->rstd ? p->rstd[first + i] : rstd;
       for (int64_t end = least(count, (c0 + j) / own * own + own - c0); j < end; j++) {
-        a->center[j] = *stats;
-        a->rstd[j] = stats[2 * sets];
-        a->lag[j] = stats[sets] * stats[2 * sets];
+        a->center[j] = stats[i];
+        a->rstd[j] = rstd;
+        var[j] = stats[3 * sets + i];
+        a->lag[j] = lag;
+        a->scale[j] = (REAL)(exact * a->gain[j]);
       }
+    }
   }
-  for (int64_t j = 0; j < count; j++) a->gain[j] = weight ? weight[j] : 1;
-  for (int64_t j = 0; j < count; j++) a->scale[j] = a->rstd[j] * a->gain[j];
-  if (p->rstd) /* rounded once */
-    for (int64_t j = 0; j < count; j++)
-      a->scale[j] = (REAL)(p->rstd[own == 1 ? first + j : set_of(p, n, c0 + j)] * a->gain[j]);
   for (int64_t j = 0; j < count; j++) {
     REAL mean = a->center[j], shift = bias ? bias[j] : 0;
     /* Near 0 nothing cancels in x * scale + shift, which rounds once less. */
-    double var = stats_var[own == 1 ? j : set_of(p, n, c0 + j) - first];
-    int near = (double)mean * mean < 4 * var && isfinite(var);
+    int near = (double)mean * mean < 4 * (double)var[j] && isfinite(var[j]);
     a->mean[j] = near ? 0 : mean;
     a->shift[j] = (REAL)(shift - (double)a->lag[j] * a->gain[j] -
                          (near ? (double)mean * a->scale[j] : 0));
   }
-  NAME(spread)(a->mean, at);
-  NAME(spread)(a->scale, at);
-  NAME(spread)(a->shift, at);
+  NAME(spread)(p, a->mean, at);
+  NAME(spread)(p, a->scale, at);
+  NAME(spread)(p, a->shift, at);
 }
 
 static inline REAL NAME(activate)(REAL v, int64_t activation, REAL slope) {
@@ -281,37 +349,52 @@ INLINE void NAME(apply_plane)(const REAL *restrict x, const REAL *restrict r, RE
     for (int64_t i = 0; i < count; i++) y[i] = NAME(activate)(PRE + r[i], activation, slope);
 }
 
-INLINE void NAME(apply_planes)(const REAL *x, const REAL *r, REAL *y, int64_t planes, int64_t s,
-                               const NAME(Affine) *a, int64_t activation, int after, REAL slope) {
-  if (s < NARROW)
-    NAME(apply_plane)(x, r, y, planes * s, a->mean, a->scale, a->shift, 1, activation, after,
-                      slope);
+/* What a cut's elements share: every run of `of` has coefficients element by element. */
+#define RUNS(p, at) \
+  int64_t all = (at).planes * (at).count, of = NAME(is_narrow)(p, at) ? all : (at).planes; \
+  int each = (p)->last || NAME(is_narrow)(p, at)
+
+INLINE void NAME(apply_cut)(const Norm *p, Cut at, const REAL *x, const REAL *r, REAL *y,
+                            const NAME(Affine) *a, int64_t activation) {
+  RUNS(p, at);
+  int64_t s = at.count;
+  int after = (int)p->residual_after;
+  REAL slope = (REAL)p->slope;
+  if (each)
+    for (int64_t i = 0; i < all; i += of)
+      NAME(apply_plane)(x + i, r ? r + i : NULL, y + i, of, a->mean, a->scale, a->shift, 1,
+                        activation, after, slope);
   else
-    for (int64_t j = 0; j < planes; j++)
+    for (int64_t j = 0; j < at.planes; j++)
       NAME(apply_plane)(x + j * s, r ? r + j * s : NULL, y + j * s, s, a->mean + j, a->scale + j,
                         a->shift + j, 0, activation, after, slope);
 }
 
+/* The steps: each describes its stretch once, and goes through it cut by cut. */
+#define EACH_CUT(p, at)                                                       \
+  for (int64_t end_ = at.start + at.count, length_ = length_of(p);            \
+       at.start < end_ && (at.count = least(length_, end_ - at.start), 1);    \
+       at.start += length_)
+
 ONCE void NAME(apply)(const Norm *p, Cut at, double *unused) {
-  REAL bx[PIECE], br[PIECE], by[PIECE], slope = (REAL)p->slope;
-  int64_t n = at.n, c = at.c, planes = at.planes, start = at.start, count = at.count;
+  REAL bx[PIECE], br[PIECE], by[PIECE];
+  int64_t n = at.n, c = at.c;
   (void)unused;
   NAME(Affine) a;
-  NAME(describe)(p, at, &a);
-  int64_t all = planes * count;
-  const REAL *x = NAME(load)(p, &p->x, n, c, start, all, bx), *r = NULL;
-  if (p->residual.data) r = NAME(load)(p, &p->residual, n, c, start, all, br);
-  REAL *y = NAME(target)(p, &p->y, n, c, start, by);
-  int after = (int)p->residual_after;
-  switch (p->activation) {
-    case RELU: NAME(apply_planes)(x, r, y, planes, count, &a, RELU, after, slope); break;
-    case LEAKY_RELU:
-      NAME(apply_planes)(x, r, y, planes, count, &a, LEAKY_RELU, after, slope);
-      break;
-    case SILU: NAME(apply_planes)(x, r, y, planes, count, &a, SILU, after, slope); break;
-    default: NAME(apply_planes)(x, r, y, planes, count, &a, NONE, after, slope);
+  NAME(describe)(p, first_of(p, at), &a);
+  EACH_CUT(p, at) {
+    int64_t start = at.start, all = at.planes * at.count;
+    const REAL *x = NAME(load)(p, &p->x, n, c, start, all, bx), *r = NULL;
+    if (p->residual.data) r = NAME(load)(p, &p->residual, n, c, start, all, br);
+    REAL *y = NAME(target)(p, &p->y, n, c, start, by);
+    switch (p->activation) {
+      case RELU: NAME(apply_cut)(p, at, x, r, y, &a, RELU); break;
+      case LEAKY_RELU: NAME(apply_cut)(p, at, x, r, y, &a, LEAKY_RELU); break;
+      case SILU: NAME(apply_cut)(p, at, x, r, y, &a, SILU); break;
+      default: NAME(apply_cut)(p, at, x, r, y, &a, NONE);
+    }
+    NAME(store)(p, &p->y, n, c, start, all, y);
   }
-  NAME(store)(p, &p->y, n, c, start, all, y);
 }
 
 static void NAME(forward_unit)(const Norm *p, Unit u) {
@@ -330,11 +413,69 @@ static void NAME(forward_unit)(const Norm *p, Unit u) {
   walk(p, u, NAME(apply), NULL);
 }
 
+/* Samples [n0, n1) of rows: what lies between is `mean` and `squares`, (N, stretches, C). */
+static void NAME(forward_rows)(const Norm *p, int64_t n0, int64_t n1, WIDE *mean, double *squares,
+                               int parallel) {
+  enum { SPAN = 64 };
+  int64_t stretch = stretch_of(p), chunks = parts(p->s, stretch), c = p->c, own = p->own;
+  int64_t items = items_of(p);
+  int64_t rest = p->s - (chunks - 1) * stretch; /* rows of a sample's last stretch */
+#pragma omp parallel for num_threads(p->threads) if (parallel)
+  for (int64_t k = n0 * items; k < n1 * items; k++) {
+    Cut at = item_of(p, k);
+    int64_t to = (at.n * chunks + at.start / stretch) * c + at.c;
+    NAME(band)(p, at, mean + to, squares + to);
+  }
+#pragma omp parallel for num_threads(p->threads) if (parallel)
+  for (int64_t first = 0; first < c; first += SPAN) {
+    int64_t count = least(SPAN, c - first);
+    double seen = 0;
+    for (int64_t k = n0 * chunks; k < n1 * chunks; k++) { /* into the batch's or a sample's first */
+      int64_t to = p->groups ? k / chunks * chunks : 0;
+      double more = k % chunks == chunks - 1 ? rest : stretch;
+      if (k == to) seen = 0;
+      if (k > to)
+        NAME(join)(count, mean + to * c + first, squares + to * c + first, seen,
+                   mean + k * c + first, squares + k * c + first, more);
+      seen += more;
+    }
+  }
+  for (int64_t n = n0; n < (p->groups ? n1 : n0 + 1); n++) {
+    const WIDE *m = mean + n * chunks * c;
+    const double *sq = squares + n * chunks * c;
+    for (int64_t i = 0; i < c; i += own) {
+      long double middle = 0;
+      double square = 0, d, seen = p->groups ? p->s : p->n * p->s;
+      for (int64_t j = i; j < i + own; j++) middle += m[j];
+      middle /= own;
+      for (int64_t j = i; j < i + own; j++)
+        d = (double)(m[j] - middle), square += sq[j] + seen * d * d;
+      NAME(finish_set)(p, set_of(p, n, i), middle, square / (seen * own));
+    }
+  }
+#pragma omp parallel for num_threads(p->threads) if (parallel)
+  for (int64_t k = n0 * items; k < n1 * items; k++) NAME(apply)(p, item_of(p, k), NULL);
+}
+
 static int NAME(forward)(const Norm *p) {
   int64_t sets = sets_of(p), pieces = NAME(pieces)(p), own = p->own;
   if (!p->mean && by_units(p)) {
 #pragma omp parallel for num_threads(p->threads) if (is_parallel(p))
     for (int64_t i = 0; i < units_of(p); i++) NAME(forward_unit)(p, unit_of(p, i));
+    return 0;
+  }
+  if (!p->mean && p->last) {
+    int64_t count = p->n * parts(p->s, stretch_of(p)) * p->c, runs = runs_of(p);
+    WIDE *mean = malloc(count * (sizeof(WIDE) + sizeof(double)));
+    if (!mean) return 1;
+    double *squares = (double *)(mean + count);
+    if (runs == 1) {
+      NAME(forward_rows)(p, 0, p->n, mean, squares, is_parallel(p));
+    } else {
+#pragma omp parallel for num_threads(p->threads) if (is_parallel(p))
+      for (int64_t n = 0; n < runs; n++) NAME(forward_rows)(p, n, n + 1, mean, squares, 0);
+    }
+    free(mean);
     return 0;
   }
   if (p->mean) {
@@ -357,7 +498,7 @@ static int NAME(forward)(const Norm *p) {
     free(part);
   }
 #pragma omp parallel for num_threads(p->threads) if (is_parallel(p))
-  for (int64_t k = 0; k < cuts_of(p); k++) NAME(apply)(p, cut_of(p, k), NULL);
+  for (int64_t k = 0; k < p->n * items_of(p); k++) NAME(apply)(p, item_of(p, k), NULL);
   return 0;
 }
 
@@ -377,13 +518,17 @@ INLINE void NAME(slope_plane)(const REAL *restrict x, const REAL *restrict r,
 }
 #undef PRE
 
-INLINE void NAME(slope_planes)(const REAL *x, const REAL *r, const REAL *dy, REAL *g,
-                               int64_t planes, int64_t s, const NAME(Affine) *a,
-                               int64_t activation, REAL slope) {
-  if (s < NARROW)
-    NAME(slope_plane)(x, r, dy, g, planes * s, a->mean, a->scale, a->shift, 1, activation, slope);
+INLINE void NAME(slope_cut)(const Norm *p, Cut at, const REAL *x, const REAL *r, const REAL *dy,
+                            REAL *g, const NAME(Affine) *a, int64_t activation) {
+  RUNS(p, at);
+  int64_t s = at.count;
+  REAL slope = (REAL)p->slope;
+  if (each)
+    for (int64_t i = 0; i < all; i += of)
+      NAME(slope_plane)(x + i, r ? r + i : NULL, dy + i, g + i, of, a->mean, a->scale, a->shift, 1,
+                        activation, slope);
   else
-    for (int64_t j = 0; j < planes; j++)
+    for (int64_t j = 0; j < at.planes; j++)
       NAME(slope_plane)(x + j * s, r ? r + j * s : NULL, dy + j * s, g + j * s, s, a->mean + j,
                         a->scale + j, a->shift + j, 0, activation, slope);
 }
@@ -399,18 +544,15 @@ static REAL *NAME(kept)(const Norm *p, Cut at) {
 /* g of a cut: dy itself where there is no activation, else in `buffer`. */
 static const REAL *NAME(gradient)(const Norm *p, Cut at, const NAME(Affine) *a, const REAL *x,
                                   REAL *buffer) {
-  REAL br[PIECE], bd[PIECE], slope = (REAL)p->slope;
-  int64_t n = at.n, c = at.c, start = at.start, planes = at.planes, count = at.count;
-  int64_t all = planes * count;
+  REAL br[PIECE], bd[PIECE];
+  int64_t n = at.n, c = at.c, start = at.start, all = at.planes * at.count;
   if (p->activation == NONE) return NAME(load)(p, &p->dy, n, c, start, all, buffer);
   const REAL *dy = NAME(load)(p, &p->dy, n, c, start, all, bd), *r = NULL;
   if (p->residual.data) r = NAME(load)(p, &p->residual, n, c, start, all, br);
   switch (p->activation) {
-    case RELU: NAME(slope_planes)(x, r, dy, buffer, planes, count, a, RELU, slope); break;
-    case LEAKY_RELU:
-      NAME(slope_planes)(x, r, dy, buffer, planes, count, a, LEAKY_RELU, slope);
-      break;
-    default: NAME(slope_planes)(x, r, dy, buffer, planes, count, a, SILU, slope);
+    case RELU: NAME(slope_cut)(p, at, x, r, dy, buffer, a, RELU); break;
+    case LEAKY_RELU: NAME(slope_cut)(p, at, x, r, dy, buffer, a, LEAKY_RELU); break;
+    default: NAME(slope_cut)(p, at, x, r, dy, buffer, a, SILU);
   }
   return buffer;
 }
@@ -441,28 +583,51 @@ INLINE void NAME(sum_planes)(const REAL *x, const REAL *g, int64_t planes, int64
   }
 }
 
+static void NAME(sum_rows)(const REAL *restrict x, const REAL *restrict g, int64_t planes,
+                           int64_t rows, int64_t start, const NAME(Affine) *a, double *gx_sum,
+                           double *g_sum) {
+  REAL sum[PIECE], product[PIECE];
+  memset(sum, 0, planes * sizeof(REAL));
+  memset(product, 0, planes * sizeof(REAL));
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t j = 0; j < planes; j++) {
+      REAL value = g[r * planes + j];
+      sum[j] += value;
+      product[j] += value * ((x[r * planes + j] - a->center[j]) * a->rstd[j]);
+    }
+  for (int64_t j = 0; j < planes; j++) {
+    gx_sum[j] = (start ? gx_sum[j] : 0) + ((double)product[j] - (double)a->lag[j] * sum[j]);
+    g_sum[j] = (start ? g_sum[j] : 0) + sum[j];
+  }
+}
+
 /* Every plane's sums of g * x_hat and of g, into to[n, c] and behind all of those; a later part of
  * a plane is added. An inner residual's gradient is g. */
 ONCE void NAME(sum)(const Norm *p, Cut at, double *to) {
   REAL bx[PIECE], bg[PIECE];
-  int64_t n = at.n, c = at.c, start = at.start, s = at.count, all = at.planes * s;
+  int64_t n = at.n, c = at.c;
   double *gx_sum = to + n * p->c + c, *g_sum = gx_sum + p->n * p->c;
   NAME(Affine) a;
-  NAME(describe)(p, at, &a);
-  const REAL *x = NAME(load)(p, &p->x, n, c, start, all, bx);
-  REAL *kept = NAME(kept)(p, at);
-  const REAL *g = NAME(gradient)(p, at, &a, x, kept ? kept : bg);
-  const REAL *next = p->groups && !kept ? NAME(expected)(p, &p->dx, n, c, start, x) : x;
-  if (s == 16)
-    NAME(sum_planes)(x, g, at.planes, 16, start, &a, gx_sum, g_sum, next);
-  else if (s == 64)
-    NAME(sum_planes)(x, g, at.planes, 64, start, &a, gx_sum, g_sum, next);
-  else
-    NAME(sum_planes)(x, g, at.planes, s, start, &a, gx_sum, g_sum, next);
-  if (!p->g.data || kept) return;
-  REAL *out = NAME(target)(p, &p->g, n, c, start, bg);
-  if (out != g) memcpy(out, g, all * sizeof(REAL));
-  NAME(store)(p, &p->g, n, c, start, all, out);
+  NAME(describe)(p, first_of(p, at), &a);
+  EACH_CUT(p, at) {
+    int64_t start = at.start, s = at.count, all = at.planes * s;
+    const REAL *x = NAME(load)(p, &p->x, n, c, start, all, bx);
+    REAL *kept = NAME(kept)(p, at);
+    const REAL *g = NAME(gradient)(p, at, &a, x, kept ? kept : bg);
+    const REAL *next = p->groups && !kept ? NAME(expected)(p, &p->dx, n, c, start, x) : x;
+    if (p->last)
+      NAME(sum_rows)(x, g, at.planes, s, start, &a, gx_sum, g_sum);
+    else if (s == 16)
+      NAME(sum_planes)(x, g, at.planes, 16, start, &a, gx_sum, g_sum, next);
+    else if (s == 64)
+      NAME(sum_planes)(x, g, at.planes, 64, start, &a, gx_sum, g_sum, next);
+    else
+      NAME(sum_planes)(x, g, at.planes, s, start, &a, gx_sum, g_sum, next);
+    if (!p->g.data || kept) continue;
+    REAL *out = NAME(target)(p, &p->g, n, c, start, bg);
+    if (out != g) memcpy(out, g, all * sizeof(REAL));
+    NAME(store)(p, &p->g, n, c, start, all, out);
+  }
 }
 
 /* What dx takes off gain * g: the means over a set of that, and of that times x_hat: (sets, 2). */
@@ -485,49 +650,56 @@ static void NAME(average)(const Norm *p, Unit u, double *means) {
 
 ONCE void NAME(dx)(const Norm *p, Cut at, double *means) {
   REAL bx[PIECE], bg[PIECE], bo[PIECE], slope[PIECE], offset[PIECE];
-  int64_t n = at.n, c = at.c, start = at.start, s = at.count, planes = at.planes;
-  int64_t all = planes * s;
+  int64_t n = at.n, c = at.c, planes = at.planes, own = p->own, first = set_of(p, n, c);
+  Cut one = first_of(p, at);
   NAME(Affine) a;
-  NAME(describe)(p, at, &a);
-  const REAL *x = NAME(load)(p, &p->x, n, c, start, all, bx), *g = NAME(kept)(p, at);
-  if (!g) g = NAME(gradient)(p, at, &a, x, bg);
-  int64_t own = p->own, first = set_of(p, n, c);
-  REAL *dx = NAME(target)(p, &p->dx, n, c, start, bo);
-  if (!p->mean)
-    for (int64_t j = 0; j < planes; j++) {
-      const double *of = means + 2 * (own == 1 ? first + j : set_of(p, n, c + j));
-      slope[j] = (REAL)(-of[1] * a.rstd[j]);
-      offset[j] = (REAL)((of[1] * a.lag[j] - of[0]) * a.rstd[j]);
+  NAME(describe)(p, one, &a);
+  if (!p->mean) {
+    for (int64_t i = 0, j = 0; j < planes; i++) {
+      const double *of = means + 2 * (first + i);
+      for (int64_t end = least(planes, (c + j) / own * own + own - c); j < end; j++) {
+        slope[j] = (REAL)(-of[1] * a.rstd[j]);
+        offset[j] = (REAL)((of[1] * a.lag[j] - of[0]) * a.rstd[j]);
+      }
     }
-  /* g may be in dx: element by element. */
-  if (s < NARROW && !p->mean) {
-    NAME(spread)(a.center, at);
-    NAME(spread)(a.rstd, at);
-    NAME(spread)(slope, at);
-    NAME(spread)(offset, at);
-#pragma omp simd
-    for (int64_t i = 0; i < all; i++)
-      dx[i] = g[i] * a.scale[i] + (x[i] - a.center[i]) * a.rstd[i] * slope[i] + offset[i];
-  } else if (s < NARROW) {
-#pragma omp simd
-    for (int64_t i = 0; i < all; i++) dx[i] = g[i] * a.scale[i];
-  } else if (p->mean) {
-    for (int64_t j = 0; j < planes; j++) {
-      REAL scale = a.scale[j];
-#pragma omp simd
-      for (int64_t i = j * s; i < (j + 1) * s; i++) dx[i] = g[i] * scale;
-    }
-  } else {
-    for (int64_t j = 0; j < planes; j++) {
-      const REAL *xs = x + j * s, *gs = g + j * s;
-      REAL *to = dx + j * s, scale = a.scale[j], mean = a.center[j], rstd = a.rstd[j];
-      REAL pull = slope[j], shift = offset[j];
-#pragma omp simd
-      for (int64_t i = 0; i < s; i++)
-        to[i] = gs[i] * scale + (xs[i] - mean) * rstd * pull + shift;
-    }
+    NAME(spread)(p, a.center, one);
+    NAME(spread)(p, a.rstd, one);
+    NAME(spread)(p, slope, one);
+    NAME(spread)(p, offset, one);
   }
-  NAME(store)(p, &p->dx, n, c, start, all, dx);
+  EACH_CUT(p, at) {
+    int64_t start = at.start, s = at.count;
+    RUNS(p, at);
+    const REAL *x = NAME(load)(p, &p->x, n, c, start, all, bx), *g = NAME(kept)(p, at);
+    if (!g) g = NAME(gradient)(p, at, &a, x, bg);
+    REAL *dx = NAME(target)(p, &p->dx, n, c, start, bo);
+    /* g may be in dx: element by element. */
+    if (each) {
+      for (int64_t k = 0; k < all; k += of)
+        if (p->mean)
+#pragma omp simd
+          for (int64_t i = 0; i < of; i++) dx[k + i] = g[k + i] * a.scale[i];
+        else
+#pragma omp simd
+          for (int64_t i = 0; i < of; i++)
+            dx[k + i] = g[k + i] * a.scale[i] + (x[k + i] - a.center[i]) * a.rstd[i] * slope[i] +
+                        offset[i];
+    } else {
+      for (int64_t j = 0; j < planes; j++) {
+        const REAL *xs = x + j * s, *gs = g + j * s;
+        REAL *to = dx + j * s, scale = a.scale[j], mean = a.center[j], rstd = a.rstd[j];
+        REAL pull = p->mean ? 0 : slope[j], shift = p->mean ? 0 : offset[j];
+        if (p->mean)
+#pragma omp simd
+          for (int64_t i = 0; i < s; i++) to[i] = gs[i] * scale;
+        else
+#pragma omp simd
+          for (int64_t i = 0; i < s; i++)
+            to[i] = gs[i] * scale + (xs[i] - mean) * rstd * pull + shift;
+      }
+    }
+    NAME(store)(p, &p->dx, n, c, start, all, dx);
+  }
 }
 
 /* The rows' gradients: what their samples' planes sum up to, in the samples' order. */
@@ -552,8 +724,36 @@ static void NAME(rows)(const Norm *p, void *table, const double *sums) {
   }
 }
 
+/* Samples [n0, n1), step by step: a stretch's sums go to `part`, (stretches, 2, N, C). */
+static void NAME(backward_steps)(const Norm *p, int64_t n0, int64_t n1, double *means,
+                                 double *part, int parallel) {
+  int64_t all = p->n * p->c, row = parts(p->c, p->width);
+  int64_t stretch = stretch_of(p), items = items_of(p);
+#pragma omp parallel for num_threads(p->threads) if (parallel)
+  for (int64_t k = n0 * items; k < n1 * items; k++) {
+    Cut at = item_of(p, k);
+    double *to = part + at.start / stretch * 2 * all;
+    for (int64_t j = at.n * p->c + at.c, end = j + at.planes; j < end; j++)
+      to[j] = to[all + j] = 0; /* a stretch's first part is added here */
+    NAME(sum)(p, at, to);
+  }
+  for (int64_t i = n0 * p->c; i < n1 * p->c; i++) {
+    p->sums[i] = p->sums[all + i] = 0;
+    for (int64_t k = 0; k < parts(p->s, stretch); k++) {
+      p->sums[i] += part[2 * k * all + i];
+      p->sums[all + i] += part[2 * k * all + all + i];
+    }
+  }
+  if (!p->dx.data) return;
+#pragma omp parallel for num_threads(p->threads) if (parallel)
+  for (int64_t i = n0 * row; i < (p->groups ? n1 * row : row); i++)
+    NAME(average)(p, unit_of(p, i), means);
+#pragma omp parallel for num_threads(p->threads) if (parallel)
+  for (int64_t k = n0 * items; k < n1 * items; k++) NAME(dx)(p, item_of(p, k), means);
+}
+
 static int NAME(backward)(const Norm *p) {
-  int64_t all = 2 * p->n * p->c, chunks = p->s > PIECE ? parts(p->s, PIECE) : 1;
+  int64_t all = 2 * p->n * p->c, chunks = parts(p->s, stretch_of(p));
   int together = by_units(p);
   double *means = malloc((2 * sets_of(p) + (together ? 0 : all * chunks)) * sizeof(double));
   if (!means) return 1;
@@ -568,25 +768,16 @@ static int NAME(backward)(const Norm *p) {
     }
   } else {
     double *part = means + 2 * sets_of(p);
+    int64_t runs = runs_of(p);
+    if (runs == 1) { /* a region inside of one, even of one thread, would start threads anew */
+      NAME(backward_steps)(p, 0, p->n, means, part, is_parallel(p));
+    } else {
 #pragma omp parallel for num_threads(p->threads) if (is_parallel(p))
-    for (int64_t k = 0; k < cuts_of(p); k++) {
-      Cut at = cut_of(p, k);
-      double *to = part + at.start / PIECE * all;
-      for (int64_t j = 0; j < at.planes; j++) /* its first part here */
-        to[at.n * p->c + at.c + j] = to[all / 2 + at.n * p->c + at.c + j] = 0;
-      NAME(sum)(p, at, to);
+      for (int64_t n = 0; n < runs; n++) NAME(backward_steps)(p, n, n + 1, means, part, 0);
     }
-    for (int64_t i = 0; i < all; i++) {
-      p->sums[i] = part[i];
-      for (int64_t k = 1; k < chunks; k++) p->sums[i] += part[k * all + i];
-    }
-    for (int64_t i = 0; i < units_of(p) && p->dx.data; i++) NAME(average)(p, unit_of(p, i), means);
-#pragma omp parallel for num_threads(p->threads) if (is_parallel(p))
-    for (int64_t k = 0; k < (p->dx.data ? cuts_of(p) : 0); k++) NAME(dx)(p, cut_of(p, k), means);
   }
   free(means);
   NAME(rows)(p, p->dweight, p->sums);
   NAME(rows)(p, p->dbias, p->sums + all / 2);
   return 0;
 }
-

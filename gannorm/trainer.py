@@ -135,6 +135,7 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
         )
     say(describe(cfg, task, data, run_dir, start_from, run.step))
     if device.type == "cpu":
+        native.keep_memory()
         native.kernels()  # compiled now, if ever: not while something is timed
 
     # ---- what the figures are held against

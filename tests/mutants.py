@@ -29,7 +29,7 @@ class Mutant(NamedTuple):
 REF, FUN, NORMS = "gannorm/reference.py", "gannorm/functional.py", "gannorm/norms.py"
 BASE = "gannorm/layers.py"
 AUTO, CHECKS, CONV = "gannorm/autograd.py", "gannorm/checks.py", "gannorm/conversion.py"
-NATIVE_C, REAL = "gannorm/native.c", "gannorm/native_real.c"
+NATIVE, NATIVE_C, REAL = "gannorm/native.py", "gannorm/native.c", "gannorm/native_real.c"
 BACK, OPS = "gannorm/backend.py", "gannorm/ops.py"
 TILE, LAUNCH = "kernels/tile.py", "kernels/launch.py"
 HELD, SPLIT = "kernels/held.py", "kernels/split.py"
@@ -43,6 +43,7 @@ RELU, LEAKY, SILU, INNER, AFTER = (
     for e in ("relu and not leaky", "leaky", "silu", "residual and not after", "residual_after")
 )
 BATCH_REF = "test_batch_norm.py -k 'against and composed and float64'"
+ROWS = "test_native.py -k 'rows and against or far_from'"
 BATCH_NATIVE = "test_batch_norm.py -k 'against and torch and not composed and not triton'"
 BATCH_TRI = "test_batch_norm.py -k 'against and triton and float64 and not 67'"
 EVAL_TRI = "test_batch_norm.py -k 'against and triton and float64 and not 67 and False'"
@@ -140,12 +141,24 @@ MUTANTS = tuple(Mutant(*m) for m in (
     ("native slope of dx", REAL, "(-of[1] * a.rstd[j])", "(of[1] * a.rstd[j])", BATCH_NATIVE),
     ("native labels of the gradient", REAL, "* p->c + first;\n      if", "* 0 + first;\n      if",
      BATCH_NATIVE),
-    ("native later parts of a plane", REAL, "(start ? g_sum[j] : 0)", "0",
-     "test_native.py -k 'against'"),
+    ("native later parts of a plane", REAL, "(start ? g_sum[j] : 0) + sum;", "sum;",
+     "test_native.py -k 'against and planes'"),
+    ("native later cuts of rows", REAL, "(start ? g_sum[j] : 0) + sum[j];", "sum[j];",
+     "test_native.py -k 'against and rows'"),
+    ("native means of rows", REAL, "(WIDE)delta * share", "(WIDE)delta * 0.4", ROWS),
+    ("native spread between stretches", REAL, "others[j] + delta * delta * (seen * share)",
+     "others[j]", ROWS),
+    ("native spread between channels", REAL, "seen * d * d", "0 * d * d", ROWS),
+    ("native last stretch", REAL, "k % chunks == chunks - 1 ? rest : stretch", "stretch", ROWS),
+    ("native overflow in rows", REAL, "if (finite) return;", "return;",
+     "test_native.py -k out_of_range"),
+    ("native narrow rows", REAL, "a[i] = a[i - at.planes]", "a[i] = a[0]", ROWS),
+    ("native gradient in rows", NATIVE, "torch.empty_like(x, dtype=t.dtype).copy_(t)",
+     "t.contiguous()", "test_native.py -k channels_last"),
     ("native silu", REAL, "s * (1 + v * (1 - s))", "s * (1 + v * s)", INST_NATIVE),
     ("native bfloat16 ties", NATIVE_C, "0x7fff + (bits >> 16 & 1)", "0x8000",
      "test_native.py -k ties"),
-    ("native cuts", NATIVE_C, "k % chunks * PIECE, c =", "0, c =", "test_native.py -k 'against'"),
+    ("native cuts", NATIVE_C, "k % chunks * length, c =", "0, c =", "test_native.py -k 'against'"),
     ("compiled code avoids the kernels", REF, "maybe_current_level() is not None",
      "maybe_current_level() is None", "test_ops.py -k compiled_code"),
     ("traced code gets native kernels", BACK, "eager and native", "native",

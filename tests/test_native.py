@@ -22,6 +22,8 @@ SHAPES = {
     "uneven": (3, 6, 65),
     "long": (2, 6, 1500),
     "few, long": (1, 2, 5000),  # several pieces to a plane, and fewer sets than threads
+    "long rows": (2, 2100, 3),  # several pieces to a row
+    "many rows": (3, 20, 700),  # several stretches to a sample
 }
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -36,8 +38,13 @@ def threads():
     torch.set_num_threads(before)
 
 
+def rows(t):
+    """(N, C, S) with its channels side by side."""
+    return None if t is None else t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def call(shape, groups, labelled, keywords, dtype, given=False):
-    """What forward and backward take, and the same in float64."""
+    """forward and backward as functions of the module, the layout and a conversion."""
     torch.manual_seed(0)
     n, c, _ = shape
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -51,9 +58,9 @@ def call(shape, groups, labelled, keywords, dtype, given=False):
     inner = residual if activation and not after else None
     moments = (w[0].clone(), w[0].square() + 0.1) if given else None
 
-    def run(module, convert):
-        x_, dy_, w_, b_ = (convert(t) for t in (x, dy, w, b))
-        residual_, inner_ = (None if t is None else convert(t) for t in (residual, inner))
+    def run(module, layout, convert):
+        x_, dy_, w_, b_ = (convert(t) for t in (layout(x), dy, w, b))
+        residual_, inner_ = (None if t is None else layout(convert(t)) for t in (residual, inner))
         moments_ = moments and tuple(convert(t) for t in moments)
         with torch.no_grad():
             y, stats = module.forward(x_, w_, b_, labels, residual_, moments_, spec)
@@ -66,18 +73,20 @@ def call(shape, groups, labelled, keywords, dtype, given=False):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("layout", ["planes", "rows"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_against_the_reference(shape, dtype, threads):
+def test_against_the_reference(shape, layout, dtype, threads):
+    lay_out = rows if layout == "rows" else torch.Tensor.contiguous
     sets = {0: True, SHAPES[shape][1]: SHAPES[shape][2] > 1, 2: True, 1: True}
     kinds = [g for g, possible in sets.items() if possible]
     for groups, labelled, keywords in product(kinds, (False, True), EPILOGUES):
         for given in (False, True) if groups == 0 else (False,):
             run = call(SHAPES[shape], groups, labelled, keywords, dtype, given)
-            expected = run(reference, torch.Tensor.double)
+            expected = run(reference, torch.Tensor.contiguous, torch.Tensor.double)
             found = []
             for count in (1, 2):
                 threads(count)
-                found.append(run(native, lambda t: t))
+                found.append(run(native, lay_out, lambda t: t))
             for one, two, e in zip(*found, expected, strict=True):
                 assert (one is None) == (two is None) == (e is None)
                 if one is not None:
@@ -180,6 +189,61 @@ def test_silu_of_the_far_left():
     assert torch.equal(y, torch.zeros_like(y))
 
 
+@pytest.mark.parametrize("norm", ["instance", "group", "batch"])
+def test_channels_last_is_worked_on_as_it_lies(norm):
+    torch.manual_seed(0)
+    x = torch.randn(5, 6, 7, 9).contiguous(memory_format=torch.channels_last).requires_grad_()
+    w, b = torch.randn(6), torch.randn(6)
+    op = {
+        "instance": lambda x: G.instance_norm(x, weight=w, bias=b, activation="relu"),
+        "group": lambda x: G.group_norm(x, 2, w, b, activation="relu"),
+        "batch": lambda x: G.batch_norm(x, None, None, w, b, True, activation="relu"),
+    }[norm]
+    assert native.takes(x)
+    assert native._dense(x).data_ptr() == native._dense(x, x).data_ptr() == x.data_ptr()
+    dy = torch.randn(5, 6, 7, 9)
+    y = op(x)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert y.stride() == dx.stride() == x.stride()
+    plain = x.detach().contiguous().requires_grad_()
+    expected = op(plain)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    (expected_dx,) = torch.autograd.grad(expected, plain, dy)
+    torch.testing.assert_close(dx, expected_dx, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [0, 6, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, -3e38])
+def test_rows_with_values_out_of_range(value, groups):
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 300)
+    x[1, 2, 30:33] = value
+    spec = NormSpec(groups, 1e-5)
+    (y, stats), (expected, as_planes) = (
+        native.forward(t, None, None, None, None, None, spec) for t in (rows(x), x)
+    )
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    for found, one in zip(stats[[0, 2, 3]], as_planes[[0, 2, 3]], strict=True):
+        torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("groups", [0, 6, 2])
+def test_rows_far_from_zero(groups, dtype):
+    torch.manual_seed(0)
+    far = torch.randn(3, 6, 500, dtype=dtype) + (1e6 if dtype == torch.float32 else 1e12)
+    spec = NormSpec(groups, 1e-5)
+    y, _ = native.forward(rows(far), None, None, None, None, None, spec)
+    expected, _ = reference.forward(
+        far.double() - float(far[0, 0, 0]), None, None, None, None, None, spec
+    )
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5)
+    constant, _ = native.forward(
+        rows(torch.full_like(far, 0.3)), None, None, None, None, None, spec
+    )
+    assert torch.equal(constant, torch.zeros_like(constant))
+
+
 def test_a_slice_of_the_batch_is_read_in_place():
     wide = torch.randn(8, 4, 5, 5)
     x = wide[::2]
@@ -195,6 +259,10 @@ def without(tmp_path, **environment):
         "x = torch.ones(2, 3, 4, 4)\n"
         "print(module_for(x).__name__, float(G.instance_norm(x).abs().sum()))"
     )
+    return python(code, tmp_path, **environment)
+
+
+def python(code, tmp_path, **environment):
     env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **environment}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -240,3 +308,17 @@ def test_other_kinds_go_to_the_reference():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert module_for(torch.ones(2, 3, 4)).__name__ == "gannorm.native"
+
+
+def test_memory_is_kept(tmp_path):
+    code = (
+        "import resource, torch; from gannorm import native\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.empty(2**24).fill_(1)\n"  # 64 MB: 16,384 pages
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults(); given_back = faults(); native.keep_memory(); faults()\n"
+        "print(given_back, faults())"
+    )
+    given_back, kept = map(int, python(code, tmp_path)[0].split())
+    assert given_back > 10_000 and kept < 1000
