@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gannorm import native, reference
-from gannorm.reference import NormSpec
+from gannorm.reference import NormSpec, Running
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -34,19 +34,35 @@ def table(t: Tensor | None) -> Tensor | None:
 def run_forward(
     backend: ModuleType, x: Tensor, weight: Tensor | None, bias: Tensor | None,
     labels: Tensor | None, residual: Tensor | None, given: tuple[Tensor, Tensor] | None,
-    spec: NormSpec, running: tuple[Any, ...] | None = None,
+    spec: NormSpec, running: Running | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`backend.forward` of torch's shapes: x and residual (N, C, ...), weight and bias (C,) or
-    (K, C)."""
-    if backend is native:  # takes them as they are
-        return native.forward(x, weight, bias, labels, residual, given, spec, running)
-    extra = () if running is None else (running,)
-    added = None if residual is None else planes(residual)
-    y, stats = backend.forward(
-        planes(x), table(weight), table(bias), labels, added, given, spec, *extra
-    )
-    # No view: a caller may work on the output in place.
-    return y if x.dim() == 3 else torch.ops.aten._unsafe_view(y, x.shape), stats
+    (K, C). Moves the running statistics."""
+    moved = running if running is not None and _moves(backend, x, spec, running) else None
+    if backend is native:  # takes shapes as they are
+        y, stats = native.forward(x, weight, bias, labels, residual, given, spec, moved)
+    else:
+        extra = () if moved is None else (moved,)
+        added = None if residual is None else planes(residual)
+        y, stats = backend.forward(
+            planes(x), table(weight), table(bias), labels, added, given, spec, *extra
+        )
+        if x.dim() != 3:  # no view: a caller may work on the output in place
+            y = torch.ops.aten._unsafe_view(y, x.shape)
+    if running is not None and moved is None:
+        reference.update_running(running, stats)
+    return y, stats
+
+
+def _moves(backend: ModuleType, x: Tensor, spec: NormSpec, running: Running) -> bool:
+    """Whether the backend moves these running statistics itself."""
+    buffers = [t for t in running[:2] if t is not None]
+    if backend is reference or spec.groups or not all(t.is_contiguous() for t in buffers):
+        return False
+    if backend is native:
+        kind = reference.stat_dtype(x.dtype)
+        return all(t.dtype == kind and not t.is_neg() for t in buffers)
+    return x.dtype != torch.float64
 
 
 def _run_backward(
@@ -145,7 +161,7 @@ def _composed_backward(
 
 
 class NormFunction(torch.autograd.Function):
-    """act((x - mean) * rstd * weight[label] + bias[label] (+ residual)): y, statistics.
+    """act((x - mean) * rstd * weight[label] + bias[label] (+ residual)): y; to `tell`, statistics.
 
     Saves the input and the statistics; a residual only where it decides the activation's slope.
     Shapes are changed inside of it, since every view outside would be a node of the graph.
@@ -160,22 +176,25 @@ class NormFunction(torch.autograd.Function):
         residual: Tensor | None,  # as x
         labels: Tensor | None,  # (N,)
         given: tuple[Tensor, Tensor] | None,  # mean and variance (evaluation)
-        running: tuple[Any, ...] | None,  # statistics that the kernels are to move
+        running: Running | None,  # statistics to move
         spec: NormSpec,
         backend: ModuleType,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.spec, ctx.backend, ctx.given = spec, backend, given is not None
-        ctx.folded = spec.activation is not None and not spec.residual_after_activation
+        tell: bool,
+    ) -> Any:
+        folded = spec.activation is not None and not spec.residual_after_activation
+        ctx.call = spec, backend, given is not None, folded
         y, stats = run_forward(backend, x, weight, bias, labels, residual, given, spec, running)
-        ctx.save_for_backward(x, weight, bias, residual if ctx.folded else None, labels, stats)
+        ctx.save_for_backward(x, weight, bias, residual if folded else None, labels, stats)
+        if not tell:
+            return y
         ctx.mark_non_differentiable(stats)
         return y, stats
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> Tensors:
         x, weight, bias, residual, labels, stats = ctx.saved_tensors
-        need_dx, need_dresidual = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        spec, backend, given = ctx.spec, ctx.backend, ctx.given
+        need_dx, _, _, need_dresidual, *_ = ctx.needs_input_grad
+        spec, backend, given, folded = ctx.call
         tensors = dy, x, weight, bias
         eager = not torch.compiler.is_compiling()
         if eager and torch._C._functorch.is_legacy_batchedtensor(dy):  # of is_grads_batched=True
@@ -189,6 +208,6 @@ class NormFunction(torch.autograd.Function):
         dx, dweight, dbias, dresidual = grads
         if not need_dresidual:
             dresidual = None
-        elif not ctx.folded:
+        elif not folded:
             dresidual = dy  # added last: its gradient is the output's, no copy
-        return dx, dweight, dbias, dresidual, *([None] * 5)
+        return dx, dweight, dbias, dresidual, None, None, None, None, None, None

@@ -57,11 +57,12 @@ def check_backend(name: str) -> None:
 
 
 def module_for(x: Tensor) -> ModuleType:
-    """The module whose `forward` and `backward` serve `x`: `kernels`, `native` or `reference`."""
+    """The module whose `forward` and `backward` serve `x`, which is not `transformed`: `kernels`,
+    `native` or `reference`."""
     name = _backend.get()
     if name == "torch" or x.is_meta or (name == "auto" and not x.is_cuda):
         # A compiler fuses the plain composition by itself, and native code needs values to work on.
-        eager = x.is_cpu and reference.has_values(x)
+        eager = x.is_cpu and reference.is_eager(x)
         return native if eager and native.serves(x) else reference
     if name == "auto" and not HAS_TRITON:
         return reference

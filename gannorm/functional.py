@@ -72,13 +72,16 @@ def _normalize(
             f"{op}: residual must have the input's shape {tuple(x.shape)}, "
             f"got {tuple(residual.shape)}"
         )
-    check_devices(x, op, weight=weight, bias=bias, labels=labels, residual=residual)
+    device = x.device
+    for t in (weight, bias, labels, residual):
+        if t is not None and t.device != device:
+            check_devices(x, op, weight=weight, bias=bias, labels=labels, residual=residual)
     spec = NormSpec(groups, eps, activation, negative_slope, residual_after_activation)
     if residual is not None:
         residual = residual.to(x.dtype)
     by_torch = transformed()
     backend = reference if by_torch else module_for(x)
-    compiling = torch.compiler.is_compiling()
+    compiling = backend is not native and torch.compiler.is_compiling()
     on_kernels = backend is not native and backend is not reference
     if labels is not None and backend is not native:  # which looks itself
         check_label_values(labels, weight, bias, op)
@@ -95,35 +98,31 @@ def _normalize(
             None if t is None else t.contiguous() for t in (weight, bias, labels)
         )
         given = given and (given[0].contiguous(), given[1].contiguous())
-    moved = False
+    stats = None  # of which the running statistics are still to be moved
     if by_torch:
         y, stats = reference.forward(rows, weight, bias, labels, residual, given, spec)
     elif on_kernels and compiling:
         mean, var = given or (None, None)
         y, stats = ops.norm(rows, weight, bias, labels, residual, mean, var, *spec)
+    elif compiling:
+        y, stats = NormFunction.apply(
+            rows, weight, bias, residual, labels, given, None, spec, backend, True
+        )
     else:
-        buffers = [t for t in (running or ())[:2] if t is not None]
-        plain = groups == 0 and all(t.is_contiguous() for t in buffers)
-        if backend is native:
-            kind = reference.stat_dtype(x.dtype)
-            moved = plain and all(t.dtype == kind and not t.is_neg() for t in buffers)
-        else:
-            moved = plain and on_kernels and x.dtype != torch.float64
-        moving = running if moved else None
         try:
             if torch.is_grad_enabled():
-                y, stats = NormFunction.apply(
-                    rows, weight, bias, residual, labels, given, moving, spec, backend
+                y = NormFunction.apply(
+                    rows, weight, bias, residual, labels, given, running, spec, backend, False
                 )
             else:
-                y, stats = run_forward(
-                    backend, rows, weight, bias, labels, residual, given, spec, moving
+                y, _ = run_forward(
+                    backend, rows, weight, bias, labels, residual, given, spec, running
                 )
         except native.NoSuchRow:
             if labels is not None:
                 check_label_values(labels, weight, bias, op)  # raises, in the user's words
             raise
-    if not moved:
+    if running is not None and stats is not None:
         reference.update_running(running, stats)
     if rows is x:
         return y

@@ -178,7 +178,7 @@ def forward(
     mean, var = given or (None, None)
     mean, var = _table(mean, dtype), _table(var, dtype)
     running_mean, running_var, momentum, bessel = running or (None, None, 0.0, 0.0)
-    y = torch.empty_like(x) if last else x.new_empty(x.shape)
+    y = torch.empty_like(x)
     stats = x.new_empty((4, n, groups) if groups else (4, c), dtype=dtype)
     _run("norm_forward", rows, _norm(
         n, c, x.numel() // (n * c), groups, rows,
@@ -214,12 +214,10 @@ def backward(
     rows = _rows(gain, shift)
     labels = None if labels is None else labels.contiguous()
     residual = None if residual is None else _dense(residual, x)
-    dx, g = (
-        None if not wanted else torch.empty_like(x) if last else x.new_empty(x.shape)
-        for wanted in (need_dx, residual is not None)
-    )
-    dweight = None if gain is None else gain.new_empty(gain.shape)
-    dbias = None if shift is None else shift.new_empty(shift.shape)
+    dx = torch.empty_like(x) if need_dx else None
+    g = None if residual is None else torch.empty_like(x)
+    dweight = None if gain is None else torch.empty_like(gain)
+    dbias = None if shift is None else torch.empty_like(shift)
     each = x.numel() // n
     _run("norm_backward", rows, _norm(
         n, c, each // c, spec.groups, rows,

@@ -49,9 +49,16 @@ def transformed() -> bool:
 
 def has_values(t: Tensor) -> bool:
     """Whether to go by what is in `t`: a fake, traced, compiled or transformed one is empty."""
-    if torch.compiler.is_compiling() or transformed():
-        return False
-    return type(t) in (Tensor, Parameter) and not torch._C._len_torch_dispatch_stack()
+    return is_eager(t) and not transformed()
+
+
+def is_eager(t: Tensor) -> bool:
+    """Whether ops on `t` are carried out at once, if it is not `transformed`."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(t) in (Tensor, Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+    )
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -231,10 +238,8 @@ def backward(
 
 
 @torch.no_grad()
-def update_running(running: Running | None, stats: Tensor) -> None:
+def update_running(running: Running, stats: Tensor) -> None:
     """Move the running statistics (C,) towards the batch's; non-finite ones never enter."""
-    if running is None:
-        return
     *buffers, momentum, bessel = running
     mean, _, _, var = stats.detach()
     if mean.dim() == 2:  # (N, C): every sample's own

@@ -167,7 +167,7 @@ MUTANTS = tuple(Mutant(*m) for m in (
     ("constants in the double backward", AUTO, "if ctx.given else None",
      "if ctx.spec.groups == 0 else None", SECOND),
     ("residual gradient missing", AUTO, "dresidual = dy  #", "dresidual = dy * 0  #", INST_REF),
-    ("slope without the residual", AUTO, "residual if ctx.folded else None", "None", INST_REF),
+    ("slope without the residual", AUTO, "residual if folded else None", "None", INST_REF),
     ("raw kernels under create_graph", AUTO, "if torch.is_grad_enabled():", "if False:", SECOND),
     # registered operators
     ("op forgets the residual's place", OPS, "spec = NormSpec(groups, eps, activation, "
