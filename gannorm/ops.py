@@ -2,7 +2,7 @@
 
 Eager calls do not come here: an operator's dispatch costs more than the kernel's launch. On the
 torch backend the compiler traces the torch ops themselves. Compiled code is differentiable once,
-as all of torch.compile's is; eager code twice or more (`gannorm.autograd`, `gannorm.native`).
+as all of torch.compile's is; eager code any number of times (`gannorm.autograd`).
 """
 
 from typing import Any
