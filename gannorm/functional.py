@@ -83,12 +83,14 @@ def _normalize(
     backend = reference if by_torch else module_for(x)
     compiling = backend is not native and torch.compiler.is_compiling()
     on_kernels = backend is not native and backend is not reference
+    if weight is None and bias is None:
+        labels = None
     if labels is not None and backend is not native:  # which looks itself
         check_label_values(labels, weight, bias, op)
     rows, in_place = x, False
     if by_torch or compiling or not (native.takes(x) if backend is native else x.is_contiguous()):
         rows = planes(x)
-        in_place = (on_kernels or backend is native) and _channels_last(rows)
+        in_place = (on_kernels or backend is native) and native.is_last(rows)
         if rows.stride(2) != 1 and not in_place:
             rows = rows.contiguous()
         residual = None if residual is None else planes(residual)
@@ -119,8 +121,8 @@ def _normalize(
                     backend, rows, weight, bias, labels, residual, given, spec, running
                 )
         except native.NoSuchRow:
-            if labels is not None:
-                check_label_values(labels, weight, bias, op)  # raises, in the user's words
+            assert labels is not None
+            check_label_values(labels, weight, bias, op)  # raises, in the user's words
             raise
     if running is not None and stats is not None:
         reference.update_running(running, stats)
@@ -130,12 +132,6 @@ def _normalize(
     if x.dim() == 4 and not (in_place or by_torch):
         y = y.contiguous(memory_format=_memory_format(x))
     return y
-
-
-def _channels_last(rows: Tensor) -> bool:
-    """Whether (N, C, S) has its channels next to each other and no gaps."""
-    n, c, size = rows.shape
-    return rows.stride()[1:] == (1, c) and (n == 1 or rows.stride(0) == c * size)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:

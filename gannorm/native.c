@@ -1,11 +1,12 @@
 /* Every norm on a CPU, forward and backward (see native.py).
  *
- * x is (N, C, S), every sample dense: planes of S elements, or (channels last) rows of C. A set is what shares a mean and a variance: one channel of
- * the batch (groups = 0), or C / groups channels of one sample. A unit is whole sets: channels side
- * by side, of one sample or of all. A thread takes a unit, and finds it in its cache when it looks
- * a second time; where there are too few units, pieces are dealt out instead. A piece has at most
- * PIECE elements; sums are REAL inside a piece and double across pieces, and are added up in one
- * order, whatever the number of threads. Rows are worked on as they lie, the channels side by side.
+ * x is (N, C, S), every sample dense: planes of S elements, or (channels last) rows of C. A set is
+ * what shares a mean and a variance: one channel of the batch (groups = 0), or C / groups channels
+ * of one sample. A unit is whole sets: channels side by side, of one sample or of all. A thread
+ * takes a unit, and finds it in its cache when it looks a second time; where there are too few
+ * units, pieces are dealt out instead. A piece has at most PIECE elements; sums are REAL inside a
+ * piece and double across pieces, and are added up in one order, whatever the number of threads.
+ * Rows are worked on as they lie, the channels side by side.
  *
  * REAL is float, to which half types are converted by the piece, and double; WIDE tells what a mean
  * loses when it is rounded to REAL.
@@ -58,7 +59,11 @@ typedef struct {
 
 #define INLINE static inline __attribute__((always_inline))
 /* One copy for both ways of dealing out work: inlined ones may round differently. */
+#ifdef __clang__
 #define ONCE static __attribute__((noinline))
+#else
+#define ONCE static __attribute__((noinline, noclone))
+#endif
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t parts(int64_t a, int64_t b) { return (a + b - 1) / b; }

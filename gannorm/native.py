@@ -107,10 +107,10 @@ class NoSuchRow(IndexError):
 
 def takes(x: Tensor) -> bool:
     """Whether `x` is worked on as it lies, in its own shape."""
-    return x.is_contiguous() or _is_last(x)
+    return x.is_contiguous() or is_last(x)
 
 
-def _is_last(x: Tensor) -> bool:
+def is_last(x: Tensor) -> bool:
     """Whether the channels of `x` (N, C, ...) lie side by side, and nothing between."""
     if x.dim() == 3:
         n, c, s = x.shape
@@ -118,24 +118,36 @@ def _is_last(x: Tensor) -> bool:
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _dense(t: Tensor, x: Tensor | None = None) -> Tensor:
-    """`t` (N, C, ...) with every sample dense; in the layout of `x`, if that has channels last."""
+def _real(t: Tensor) -> Tensor:
+    """`t` with its values in memory as they are."""
     if t.is_neg():  # of an imaginary part
         t = t.resolve_neg()
-    if not t.data_ptr() and t.numel():
-        # Zeros of autograd's that have no memory.
+    if not t.data_ptr() and t.numel():  # zeros of autograd's
         t = t + torch.zeros((), dtype=t.dtype, device=t.device)
-    if x is not None and not x.is_contiguous() and _is_last(x):
-        return t if _is_last(t) else torch.empty_like(x, dtype=t.dtype).copy_(t)
+    return t
+
+
+def _dense(t: Tensor, x: Tensor | None = None) -> Tensor:
+    """`t` (N, C, ...) with every sample dense; in the layout of `x`, if that has channels last."""
+    t = _real(t)
+    if x is not None and not x.is_contiguous() and is_last(x):
+        return t if is_last(t) else torch.empty_like(x, dtype=t.dtype).copy_(t)
     if t.is_contiguous() or (t.dim() == 3 and t[0].is_contiguous()):
         return t
-    return t if x is None and _is_last(t) else t.contiguous()
+    return t if x is None and is_last(t) else t.contiguous()
+
+
+def _like(x: Tensor, last: bool) -> Tensor:
+    if last:
+        return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _table(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if t is None or (t.dtype is dtype and t.is_contiguous() and not t.is_neg()):
+    """`t` (a vector, a table or labels) contiguous."""
+    if t is None or (t.dtype is dtype and t.is_contiguous() and not t.is_neg() and t.data_ptr()):
         return t
-    return t.detach().to(dtype).contiguous().resolve_neg()
+    return _real(t.detach()).to(dtype).contiguous()
 
 
 def _address(t: Tensor | None) -> int:
@@ -143,9 +155,9 @@ def _address(t: Tensor | None) -> int:
 
 
 def _rows(weight: Tensor | None, bias: Tensor | None) -> int:
-    """K: any, where there is no table."""
+    """K, of (K, C); 1 of (C,)."""
     one = bias if weight is None else weight
-    return 2**62 if one is None else one.shape[0] if one.dim() == 2 else 1
+    return one.shape[0] if one is not None and one.dim() == 2 else 1
 
 
 def _run(name: str, rows: int, norm: bytes) -> None:
@@ -171,14 +183,14 @@ def forward(
     n, c = x.shape[:2]
     groups, eps, activation, slope, after = spec
     weight, bias = _table(weight, dtype), _table(bias, dtype)
-    labels = None if labels is None else labels.contiguous()
+    labels = _table(labels, torch.int64)
     residual = None if residual is None else _dense(residual, x)
-    last = not x.is_contiguous() and _is_last(x)
+    last = not x.is_contiguous() and is_last(x)
     rows = _rows(weight, bias)
     mean, var = given or (None, None)
     mean, var = _table(mean, dtype), _table(var, dtype)
     running_mean, running_var, momentum, bessel = running or (None, None, 0.0, 0.0)
-    y = torch.empty_like(x)
+    y = _like(x, last)
     stats = x.new_empty((4, n, groups) if groups else (4, c), dtype=dtype)
     _run("norm_forward", rows, _norm(
         n, c, x.numel() // (n * c), groups, rows,
@@ -209,13 +221,13 @@ def backward(
     dtype, x, stats = stat_dtype(x.dtype), _dense(x), stats.contiguous()
     n, c = x.shape[:2]
     dy = _dense(dy if dy.dtype is x.dtype else dy.to(x.dtype), x)
-    last = not x.is_contiguous() and _is_last(x)
+    last = not x.is_contiguous() and is_last(x)
     gain, shift = _table(weight, dtype), _table(bias, dtype)
     rows = _rows(gain, shift)
-    labels = None if labels is None else labels.contiguous()
+    labels = _table(labels, torch.int64)
     residual = None if residual is None else _dense(residual, x)
-    dx = torch.empty_like(x) if need_dx else None
-    g = None if residual is None else torch.empty_like(x)
+    dx = _like(x, last) if need_dx else None
+    g = None if residual is None else _like(x, last)
     dweight = None if gain is None else torch.empty_like(gain)
     dbias = None if shift is None else torch.empty_like(shift)
     each = x.numel() // n

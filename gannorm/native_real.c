@@ -176,12 +176,17 @@ static void NAME(columns)(const Norm *p, Unit u, NAME(Moments) *found) {
 ONCE void NAME(band)(const Norm *p, Cut at, WIDE *mean, double *squares) {
   REAL buffer[PIECE], middle[PIECE], sum[PIECE], square[PIECE];
   int64_t n = at.n, c = at.c, planes = at.planes, end = at.start + at.count;
-  int64_t length = length_of(p), few = least(least(at.count, length), LANES);
-  const REAL *a = NAME(load)(p, &p->x, n, c, at.start, few * planes, buffer);
+  int64_t length = length_of(p), few = least(at.count, LANES);
+  const REAL *a = NULL;
   memset(sum, 0, planes * sizeof(REAL));
-  for (int64_t r = 0; r < few; r++)
-    for (int64_t j = 0; j < planes; j++) sum[j] += a[r * planes + j] - a[j];
-  for (int64_t j = 0; j < planes; j++) middle[j] = a[j] + sum[j] / few;
+  for (int64_t start = 0; start < few; start += length) {
+    int64_t rows = least(length, few - start);
+    a = NAME(load)(p, &p->x, n, c, at.start + start, rows * planes, buffer);
+    if (start == 0) memcpy(square, a, planes * sizeof(REAL));
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t j = 0; j < planes; j++) sum[j] += a[r * planes + j] - square[j];
+  }
+  for (int64_t j = 0; j < planes; j++) middle[j] = square[j] + sum[j] / few;
   memset(sum, 0, planes * sizeof(REAL));
   memset(square, 0, planes * sizeof(REAL));
   for (int64_t start = at.start; start < end; start += length) {
@@ -631,7 +636,7 @@ ONCE void NAME(sum)(const Norm *p, Cut at, double *to) {
 }
 
 /* What dx takes off gain * g: the means over a set of that, and of that times x_hat: (sets, 2). */
-static void NAME(average)(const Norm *p, Unit u, double *means) {
+ONCE void NAME(average)(const Norm *p, Unit u, double *means) {
   int64_t own = p->own, sets = u.count / own;
   double *to = means + 2 * set_of(p, u.n0, u.c0);
   memset(to, 0, 2 * sets * sizeof(double));
@@ -706,7 +711,7 @@ ONCE void NAME(dx)(const Norm *p, Cut at, double *means) {
 static void NAME(rows)(const Norm *p, void *table, const double *sums) {
   enum { SPAN = 64 };
   if (!table) return;
-  if (p->labels) memset(table, 0, p->rows * p->c * sizeof(REAL));
+  if (p->labels || p->rows > 1) memset(table, 0, p->rows * p->c * sizeof(REAL));
 #pragma omp parallel for num_threads(p->threads) if (p->threads > 1 && p->n * p->c >= SERIAL)
   for (int64_t first = 0; first < p->c; first += SPAN) {
     int64_t count = least(SPAN, p->c - first);

@@ -244,6 +244,55 @@ def test_rows_far_from_zero(groups, dtype):
     assert torch.equal(constant, torch.zeros_like(constant))
 
 
+@pytest.mark.parametrize("size", [512, 2100])
+def test_long_rows_keep_the_digits_of_the_variance(size):
+    torch.manual_seed(0)
+    x = torch.randn(2, size, 120) + 50
+    x[:, :, :2] = 0  # what the sums are taken around is unlike the rest
+    _, stats = native.forward(rows(x), None, None, None, None, None, NormSpec(size, 1e-5))
+    expected = x.double().var(2, correction=0)
+    assert float((stats[3] / expected - 1).abs().max()) < 3e-6
+
+
+def test_overlapping_windows():
+    torch.manual_seed(0)
+    x = torch.randn(40).unfold(0, 30, 1)  # 11 windows, one element further each
+    torch.testing.assert_close(
+        G.layer_norm(x, 30), torch.nn.functional.layer_norm(x, (30,)), rtol=1e-5, atol=1e-5
+    )
+    for strides in ((4, 16, 4, 1), (0, 16, 4, 1), (4, 1, 8, 2)):
+        w = torch.randn(80).as_strided((3, 2, 4, 4), strides).requires_grad_()
+        plain = w.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+        for norm in (
+            lambda t: G.group_norm(t, 1),
+            lambda t: G.batch_norm(t, None, None, training=True),
+        ):
+            (dx,), (expected,) = (
+                torch.autograd.grad(norm(t).square().mul(torch.arange(4.0)).sum(), t)
+                for t in (w, plain)
+            )
+            torch.testing.assert_close(norm(w), norm(plain), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(dx, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tensors_without_memory_are_zeros():
+    torch.manual_seed(0)
+    x, zeros = torch.randn(4, 3, 5, 5), torch._efficientzerotensor((3,))
+    assert float(G.instance_norm(x, weight=zeros).abs().max()) == 0
+    labels = torch._efficientzerotensor((4,), dtype=torch.int64)
+    table = torch.randn(2, 3, requires_grad=True)
+    (grad,) = torch.autograd.grad(
+        G.conditional_instance_norm(x, labels, table, None).square().sum(), table
+    )
+    assert float(grad[0].abs().min()) > 0 and float(grad[1].abs().max()) == 0
+
+
+def test_labels_without_tables_do_not_matter():
+    x = torch.randn(2, 3, 4, 4)
+    y = G.conditional_instance_norm(x, torch.tensor([-1, 9]), None, None)
+    assert torch.equal(y, G.instance_norm(x))
+
+
 def test_a_slice_of_the_batch_is_read_in_place():
     wide = torch.randn(8, 4, 5, 5)
     x = wide[::2]
