@@ -72,16 +72,13 @@ def _normalize(
             f"{op}: residual must have the input's shape {tuple(x.shape)}, "
             f"got {tuple(residual.shape)}"
         )
-    device = x.device
-    for t in (weight, bias, labels, residual):
-        if t is not None and t.device != device:
-            check_devices(x, op, weight=weight, bias=bias, labels=labels, residual=residual)
+    check_devices(x, op, weight=weight, bias=bias, labels=labels, residual=residual)
     spec = NormSpec(groups, eps, activation, negative_slope, residual_after_activation)
     if residual is not None:
         residual = residual.to(x.dtype)
     by_torch = transformed()
     backend = reference if by_torch else module_for(x)
-    compiling = backend is not native and torch.compiler.is_compiling()
+    compiling = torch.compiler.is_compiling()
     on_kernels = backend is not native and backend is not reference
     if weight is None and bias is None:
         labels = None
