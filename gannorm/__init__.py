@@ -3,6 +3,8 @@
 The norm layers stand here; the ops are in `gannorm.functional`.
 """
 
+from typing import Any
+
 from gannorm.conversion import convert
 from gannorm.functional import use_backend
 from gannorm.norms import (
@@ -12,7 +14,6 @@ from gannorm.norms import (
     GroupNorm,
     InstanceNorm2d,
     LayerNorm2d,
-    build_norm,
 )
 
 __version__ = "0.1.0"
@@ -28,3 +29,12 @@ __all__ = [
     "convert",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`build_norm`, which reads configs: imported when asked for, since the layers need no Hydra."""
+    if name == "build_norm":
+        from gannorm.norm_factory import build_norm
+
+        return build_norm
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,6 +17,7 @@ FLOORS = (
     (
         "gannorm.conversion",
         "gannorm.layers",
+        "gannorm.norm_factory",
         "gannorm.norms",
         "gannorm",
     ),  # and what __init__ re-exports

@@ -15,7 +15,8 @@ from gannorm.config import (
     NoNormConfig,
     VarEstimator,
 )
-from gannorm.norms import NoNorm, apply_norm
+from gannorm.layers import NoNorm
+from gannorm.norm_factory import apply_norm
 
 TWINS = [
     (gannorm.InstanceNorm2d, nn.InstanceNorm2d, (6,), {}),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gannorm.convolution import Conv2d
 from gannorm.models.resblock import add_spectral_norm
-from gannorm.norms import NormFactory, apply_norm
+from gannorm.norm_factory import NormFactory, apply_norm
 
 
 class ResnetBlock(nn.Module):

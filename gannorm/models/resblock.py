@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from gannorm.convolution import Conv2d
-from gannorm.norms import NormFactory, apply_norm
+from gannorm.norm_factory import NormFactory, apply_norm
 
 
 def _up(x: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from gannorm.metrics.evaluation import (
     suffixed,
 )
 from gannorm.models import ProjectionDiscriminator, ResBlockGenerator
-from gannorm.norms import ConditionalBatchNorm2d, ConditionalInstanceNorm2d, build_norm
+from gannorm.norm_factory import build_norm
+from gannorm.norms import ConditionalBatchNorm2d, ConditionalInstanceNorm2d
 from gannorm.tasks.task import Task
 
 SHOWN = 10  # classes and noises in a sample grid, at most

@@ -27,7 +27,7 @@ from gannorm.metrics.evaluation import (
 )
 from gannorm.metrics.similarity import SMALLEST, feature_distance, psnr, ssim
 from gannorm.models import PatchDiscriminator, ResnetGenerator
-from gannorm.norms import build_norm
+from gannorm.norm_factory import build_norm
 from gannorm.tasks.task import Task
 
 SHOWN = 8  # held-out images of each domain in a sample grid
