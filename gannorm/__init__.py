@@ -32,7 +32,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`build_norm`, which reads configs: imported when asked for, since the layers need no Hydra."""
+    """`build_norm`, imported when asked for: it reads configs, and the layers need no Hydra."""
     if name == "build_norm":
         from gannorm.norm_factory import build_norm
 
