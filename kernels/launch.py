@@ -240,6 +240,12 @@ def _call(
     )  # fmt: skip
 
 
+def forget() -> None:
+    """Plan anew from here on: the bounds above or the table of plans have changed."""
+    plan.cache_clear()
+    _call.cache_clear()
+
+
 def _prepare(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Any, given: bool
 ) -> _Call:
