@@ -65,7 +65,8 @@ def test_norms(device: str, tmp_path: Path):
         assert entry["errors"]["ours"].keys() >= {"y", "dx"}
         assert entry["name"] in done.stdout
     assert found["growth"]["largest_jump"]["ours"]["relative"] > 0
-    assert found["geometric_means"]["wall"]["all both"]["eager"] > 0
+    for relu in ("with", "without"):
+        assert found["geometric_means"]["wall"][f"all {relu} relu both"]["eager"] > 0
     assert out.with_suffix(".png").exists()
 
 
@@ -155,13 +156,22 @@ def test_contestants_take_turns():
 
 
 def test_means_and_jumps(monkeypatch: pytest.MonkeyPatch):
-    def entry(ours: float, eager: float) -> dict:
-        times = {"ours": {"wall": ours}, "eager": {"wall": eager}}
-        return {"op": "batch", "epilogue": "none", "direction": "both", "times_us": times}
+    def entry(eager: float, epilogue: str) -> dict:
+        times = {"ours": {"wall": 1.0}, "eager": {"wall": eager}}
+        return {"op": "batch", "epilogue": epilogue, "direction": "both", "times_us": times}
 
-    means = norms.geometric_means([entry(1, 2), entry(1, 8)])
-    four = {"eager": pytest.approx(4)}
-    assert means == {"wall": {"all both": four, "batch plain both": four}}
+    slower = {"none": (2.0, 8.0), "leaky_relu": (4.0,), "relu": (3.0,), "residual+relu": (27.0,)}
+    means = norms.geometric_means([entry(r, e) for e, ratios in slower.items() for r in ratios])
+    four, nine = {"eager": pytest.approx(4)}, {"eager": pytest.approx(9)}
+    assert means == {
+        "wall": {
+            "all with relu both": nine,
+            "all without relu both": four,
+            "batch fused with relu both": nine,
+            "batch fused without relu both": four,
+            "batch plain both": four,
+        }
+    }
     ours = iter((10.0, 40.0, 480.0))
     monkeypatch.setattr(
         timing, "time_cpu", lambda *_: {"ours": {"wall": next(ours)}, "eager": {"wall": 1.0}}
