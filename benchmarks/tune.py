@@ -79,14 +79,14 @@ def under(bounds: Bounds, device_name: str, case: Case) -> Iterator[None]:
     lines = launch.tuned().setdefault(device_name, {})
     before = lines.get(key(case))
     lines[key(case)] = list(bounds)
-    launch._call.cache_clear()
+    launch.forget()
     try:
         yield
     finally:
         lines.pop(key(case))
         if before is not None:
             lines[key(case)] = before
-        launch._call.cache_clear()
+        launch.forget()
 
 
 def tune(case: Case, device: str, device_name: str, seconds: float) -> tuple[Bounds, float]:

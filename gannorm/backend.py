@@ -15,6 +15,9 @@ from gannorm.errors import RequestError
 BACKENDS = ("auto", "triton", "torch")
 HAS_TRITON = find_spec("triton") is not None
 _backend: ContextVar[str] = ContextVar("backend", default="auto")
+_latest = [
+    "auto"
+]  # the same for the compiler, which cannot look into a ContextVar before torch 2.12
 
 
 @contextmanager
@@ -25,11 +28,18 @@ def use_backend(name: str) -> Iterator[None]:
         RequestError: an unknown name, or "triton" where no kernel can run.
     """
     check_backend(name)
-    token = _backend.set(name)
+    token, before = _backend.set(name), _latest[0]
+    _latest[0] = name
     try:
         yield
     finally:
         _backend.reset(token)
+        _latest[0] = before
+
+
+def selected() -> str:
+    """The backend asked for where this is called."""
+    return _latest[0] if torch.compiler.is_compiling() else _backend.get()
 
 
 def _runs_on_cpu() -> bool:
@@ -59,12 +69,12 @@ def check_backend(name: str) -> None:
 def module_for(x: Tensor) -> ModuleType:
     """The module whose `forward` and `backward` serve `x`, which is not `transformed`: `kernels`,
     `native` or `reference`."""
-    name = _backend.get()
+    name = selected()
     if name == "torch" or x.is_meta or (name == "auto" and not x.is_cuda):
         # A compiler fuses the plain composition by itself, and native code needs values to work on.
         eager = x.is_cpu and reference.is_eager(x)
         return native if eager and native.serves(x) else reference
-    if name == "auto" and not HAS_TRITON:
+    if (name == "auto" and not HAS_TRITON) or not x.numel():
         return reference
     if not x.is_cuda and not torch.compiler.is_compiling() and not _runs_on_cpu():
         raise ValueError(

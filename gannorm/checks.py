@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ def check_layer_input(x: Tensor, layer: nn.Module, channels: int, layouts: Seque
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         check_floating(x, "input", str(layer))  # the layer's text only where it is needed
+    if x.dim() == 4 and x.shape[1] == channels:  # all take NCHW
+        return
     sizes = [len(layout) for layout in layouts]
     open_ended = layouts[0] == "NC..."
     if x.dim() < 2 if open_ended else x.dim() not in sizes:
@@ -72,7 +75,7 @@ def check_choice(name: str, value: object, known: Sequence[object]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; choose from {tuple(known)}")
 
 
-def check_groups(num_groups: int, channels: int, op: str) -> None:
+def check_groups(num_groups: Any, channels: int, op: str) -> None:
     if not isinstance(num_groups, int):
         raise TypeError(f"{op}: num_groups must be an int, got {num_groups!r}")
     if num_groups < 1 or channels % num_groups:
@@ -120,10 +123,68 @@ def check_tables(
         raise ValueError(f"{op}: {wanted}, got {labels.dtype} of shape {tuple(labels.shape)}")
 
 
-def check_label_values(labels: Tensor, weight: Tensor | None, bias: Tensor | None, op: str) -> None:
+def check_call(
+    op: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    labels: Any,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    own: bool,
+    groups: int | None,
+    activation: object,
+    degenerate: object,
+    var_estimator: object,
+) -> None:
+    """Everything about a norm's arguments but the values of its tensors."""
+    instance = op.endswith("instance_norm")
+    check_input(x, op, 3 if instance else 2)
+    channels, named = x.shape[1], {"running_mean": mean, "running_var": var}
+    if op.startswith("conditional"):
+        check_tables(weight, bias, labels, x, op)
+    else:
+        named |= {"weight": weight, "bias": bias}
+    for name, t in named.items():
+        check_vector(t, name, channels, op)
+    if residual is not None:
+        check_floating(residual, "residual", op)
+        if residual.shape != x.shape:
+            raise ValueError(
+                f"{op}: residual must have the input's shape {tuple(x.shape)}, "
+                f"got {tuple(residual.shape)}"
+            )
+    named |= {"weight": weight, "bias": bias, "labels": labels, "residual": residual}
+    check_devices(x, op, **named)
+    check_choice(f"{op}: activation", activation, ACTIVATIONS)
+    check_choice(f"{op}: degenerate", degenerate, DEGENERATE)
+    check_choice(f"{op}: var_estimator", var_estimator, VAR_ESTIMATORS)
+    if op == "group_norm":
+        check_groups(groups, channels, op)
+    if not own:
+        if mean is None or var is None:
+            switch = "use_input_stats" if instance else "training"
+            raise ValueError(
+                f"{op}: {switch}=False needs running_mean and running_var; pass both, or "
+                f"{switch}=True to use the input's own statistics"
+            )
+    elif instance:
+        check_plane(x, op)
+    elif op.endswith("batch_norm") and x.numel() // max(channels, 1) == 1 and degenerate != "beta":
+        raise ValueError(
+            f"{op}: one value per channel has no variance (input of shape {tuple(x.shape)}, "
+            "N*H*W = 1); use a larger batch or image or a norm with statistics inside the sample"
+            ', or degenerate="beta" to get exactly the bias'
+        )
+
+
+def check_label_values(
+    labels: Tensor | None, weight: Tensor | None, bias: Tensor | None, op: str
+) -> None:
     """Refuse labels that are no row of the tables (num_classes, C)."""
     rows = next((len(t) for t in (weight, bias) if t is not None), None)
-    if rows is None or not labels.numel():
+    if rows is None or labels is None or not labels.numel():
         return
     if torch.compiler.is_compiling():
         fits = ((labels >= 0) & (labels < rows)).all()

@@ -12,27 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from gannorm import native, ops, reference
-from gannorm.autograd import NormFunction, planes, run_forward, table
-from gannorm.backend import module_for, use_backend
+from gannorm.autograd import Call, Moments, NormFunction
+from gannorm.backend import module_for, selected, use_backend
 from gannorm.checks import (
-    ACTIVATIONS,
-    DEGENERATE,
-    VAR_ESTIMATORS,
     check_broadcast,
-    check_choice,
+    check_call,
     check_devices,
     check_dims,
     check_floating,
-    check_groups,
     check_input,
     check_label_values,
-    check_plane,
-    check_tables,
-    check_vector,
 )
-from gannorm.reference import NormSpec, Running, transformed
+from gannorm.reference import NormSpec, transformed
 
 __all__ = [
     "batch_norm",
@@ -47,137 +41,124 @@ __all__ = [
 ]
 
 
+KEPT = 4096  # kinds of calls that are remembered
+_calls: dict[Any, Call] = {}
+
+
 def _normalize(
+    op: str,
     x: Tensor,
     weight: Tensor | None,  # (C,), or (K, C) with labels
     bias: Tensor | None,
     labels: Tensor | None,
-    given: tuple[Tensor, Tensor] | None,
-    groups: int,
-    eps: float,
-    op: str,
-    activation: str | None,
-    negative_slope: float,
     residual: Tensor | None,
-    residual_after_activation: bool,
-    running: Running | None = None,
+    mean: Tensor | None,  # (C,), like var: given, or the running one
+    var: Tensor | None,
+    own: bool,  # the input's own statistics
+    momentum: float,
+    *settings: Any,  # the last parameters of `_decide`
 ) -> Tensor:
-    """Check the epilogue, flatten to (N, C, S), run the Function, restore shape and layout."""
-    if activation not in ACTIVATIONS:
-        check_choice(f"{op}: activation", activation, ACTIVATIONS)
-    if residual is not None:
-        check_floating(residual, "residual", op)
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(
-            f"{op}: residual must have the input's shape {tuple(x.shape)}, "
-            f"got {tuple(residual.shape)}"
-        )
-    check_devices(x, op, weight=weight, bias=bias, labels=labels, residual=residual)
-    spec = NormSpec(groups, eps, activation, negative_slope, residual_after_activation)
-    if residual is not None:
-        residual = residual.to(x.dtype)
-    by_torch = transformed()
-    backend = reference if by_torch else module_for(x)
-    compiling = torch.compiler.is_compiling()
-    on_kernels = backend is not native and backend is not reference
+    """The one way through a call: look up what is known of its kind, or check and decide; run."""
+    tensors = x, weight, bias, labels, residual, mean, var
+    compiling, by_torch = torch.compiler.is_compiling(), transformed()
+    call = key = None
+    if not (compiling or by_torch or torch._C._len_torch_dispatch_stack()):
+        try:
+            key = (op, own, settings, selected(), *map(_facts, tensors))
+            call = _calls.get(key)
+        except (AttributeError, TypeError):  # no tensor, or no setting: the checks will say which
+            key = None
+    if call is None:
+        call = _decide(op, tensors, own, *settings)
+        if key is not None and all(t is None or type(t) in (Tensor, Parameter) for t in tensors):
+            if len(_calls) >= KEPT:
+                _calls.clear()
+            _calls[key] = call
     if weight is None and bias is None:
         labels = None
-    if labels is not None and backend is not native:  # which looks itself
+    if call.check_labels:
         check_label_values(labels, weight, bias, op)
-    rows, in_place = x, False
-    if by_torch or compiling or not (native.takes(x) if backend is native else x.is_contiguous()):
-        rows = planes(x)
-        in_place = (on_kernels or backend is native) and native.is_last(rows)
-        if rows.stride(2) != 1 and not in_place:
-            rows = rows.contiguous()
-        residual = None if residual is None else planes(residual)
-        weight, bias = table(weight), table(bias)
-    if on_kernels:
+    if residual is not None and residual.dtype != x.dtype:
+        residual = residual.to(x.dtype)
+    moments = mean, var, momentum
+    if compiling or by_torch:
+        return _composed(call, x, weight, bias, labels, residual, moments, by_torch)
+    try:
+        if torch.is_grad_enabled():
+            return NormFunction.apply(x, weight, bias, residual, labels, moments, call)
+        return call.forward(x, weight, bias, labels, residual, moments)[0]
+    except native.NoSuchRow:
+        check_label_values(labels, weight, bias, op)  # raises, in the user's words
+        raise
+
+
+def _facts(t: Tensor | None) -> Any:
+    """What is decided about a tensor depends on this alone."""
+    if t is None:
+        return None
+    return type(t), t.shape, t.stride(), t.dtype, t.device, t.is_neg()
+
+
+def _decide(
+    op: str,
+    tensors: Any,  # x, weight, bias, labels, residual, mean, var
+    own: bool,
+    groups: int | None,  # sets of channels with statistics of their own; 0: across the batch;
+    eps: float,  # None: one channel of a sample
+    activation: str | None,
+    negative_slope: float,
+    residual_after_activation: bool,
+    degenerate: str = "raise",
+    var_estimator: str = "unbiased",
+) -> Call:
+    """Check the arguments; choose who runs the call."""
+    x, weight, bias, labels, residual, mean, var = tensors
+    check_call(
+        op, x, weight, bias, labels, residual, mean, var, own, groups, activation, degenerate,
+        var_estimator,
+    )  # fmt: skip
+    channels = x.shape[1]
+    if groups is None:
+        groups = channels if own else 0  # given statistics are a channel's of the batch
+    spec = NormSpec(groups, eps, activation, negative_slope, residual_after_activation)
+    count = math.prod(x.shape[2:]) if groups else x.numel() // max(channels, 1)
+    running = bool(own and x.numel() and (mean is not None or var is not None))
+    unbiased = running and var_estimator == "unbiased"
+    backend = reference if transformed() else module_for(x)
+    launches = None
+    kernels = backend is not native and backend is not reference
+    if kernels and not torch.compiler.is_compiling():
+        launches = backend.launches(tensors, spec, not own)
+    return Call(
+        spec, backend, launches, not own, running,
+        count / max(count - 1, 1) if unbiased else 1.0,
+        folded=residual is not None and activation is not None and not residual_after_activation,
+        check_labels=labels is not None and backend is not native,  # which looks itself
+    )  # fmt: skip
+
+
+def _composed(
+    call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, labels: Tensor | None,
+    residual: Tensor | None, moments: Moments, by_torch: bool,
+) -> Tensor:  # fmt: skip
+    """A call that is compiled, traced or transformed; the running statistics move outside of it."""
+    mean, var, momentum = moments
+    given: Any = (mean, var) if call.given else None
+    if by_torch:
+        y, stats = reference.forward(x, weight, bias, labels, residual, given, call.spec)
+    elif call.backend is reference:
+        y, stats = NormFunction.apply(
+            x, weight, bias, residual, labels, moments, call._replace(tell=True)
+        )
+    else:
         weight, bias, labels = (
             None if t is None else t.contiguous() for t in (weight, bias, labels)
         )
-        given = given and (given[0].contiguous(), given[1].contiguous())
-    stats = None  # of which the running statistics are still to be moved
-    if by_torch:
-        y, stats = reference.forward(rows, weight, bias, labels, residual, given, spec)
-    elif on_kernels and compiling:
-        mean, var = given or (None, None)
-        y, stats = ops.norm(rows, weight, bias, labels, residual, mean, var, *spec)
-    elif compiling:
-        y, stats = NormFunction.apply(
-            rows, weight, bias, residual, labels, given, None, spec, backend, True
-        )
-    else:
-        try:
-            if torch.is_grad_enabled():
-                y = NormFunction.apply(
-                    rows, weight, bias, residual, labels, given, running, spec, backend, False
-                )
-            else:
-                y, _ = run_forward(
-                    backend, rows, weight, bias, labels, residual, given, spec, running
-                )
-        except native.NoSuchRow:
-            assert labels is not None
-            check_label_values(labels, weight, bias, op)  # raises, in the user's words
-            raise
-    if running is not None and stats is not None:
-        reference.update_running(running, stats)
-    if rows is x:
-        return y
-    y = y.reshape(x.shape)
-    if x.dim() == 4 and not (in_place or by_torch):
-        y = y.contiguous(memory_format=_memory_format(x))
+        mean, var = (t.contiguous() for t in given) if given else (None, None)
+        y, stats = ops.norm(x, weight, bias, labels, residual, mean, var, *call.spec)
+    if call.running:
+        reference.update_running((*moments, call.bessel), stats)
     return y
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """Of the output for `x`: channels_last where it is that and not contiguous as well."""
-    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
-
-
-def _batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    labels: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    op: str,
-    degenerate: str,
-    var_estimator: str,
-    **epilogue: Any,
-) -> Tensor:
-    for name, t in (("running_mean", running_mean), ("running_var", running_var)):
-        check_vector(t, name, x.shape[1], op)
-        check_devices(x, op, **{name: t})
-    check_choice(f"{op}: degenerate", degenerate, DEGENERATE)
-    check_choice(f"{op}: var_estimator", var_estimator, VAR_ESTIMATORS)
-    if not training:
-        if running_mean is None or running_var is None:
-            raise ValueError(
-                f"{op}: training=False needs running_mean and running_var; pass both, or "
-                "training=True to use the batch's own statistics"
-            )
-        stats = (running_mean, running_var)
-        return _normalize(x, weight, bias, labels, stats, 0, eps, op, **epilogue)
-    count = x.numel() // max(x.shape[1], 1)
-    if count == 1 and degenerate != "beta":
-        raise ValueError(
-            f"{op}: one value per channel has no variance (input of shape {tuple(x.shape)}, "
-            "N*H*W = 1); use a larger batch or image or a norm with statistics inside the sample"
-            ', or degenerate="beta" to get exactly the bias'
-        )
-    running = None
-    if count and (running_mean is not None or running_var is not None):
-        bessel = count / max(count - 1, 1) if var_estimator == "unbiased" else 1.0
-        running = (running_mean, running_var, momentum, bessel)
-    return _normalize(x, weight, bias, labels, None, 0, eps, op, **epilogue, running=running)
 
 
 def batch_norm(
@@ -205,14 +186,10 @@ def batch_norm(
         degenerate: what N*H*W = 1 in training does: "raise", or "beta": exactly the bias.
         var_estimator: "unbiased" (torch) or "biased" (TensorFlow) running variance.
     """
-    check_input(input, "batch_norm")
-    for name, t in (("weight", weight), ("bias", bias)):
-        check_vector(t, name, input.shape[1], "batch_norm")
-    return _batch_norm(
-        input, weight, bias, None, running_mean, running_var, training, momentum, eps,
-        "batch_norm", degenerate, var_estimator, activation=activation,
-        negative_slope=negative_slope, residual=residual,
-        residual_after_activation=residual_after_activation,
+    return _normalize(
+        "batch_norm", input, weight, bias, None, residual, running_mean, running_var, training,
+        momentum, 0, eps, activation, negative_slope, residual_after_activation, degenerate,
+        var_estimator,
     )  # fmt: skip
 
 
@@ -240,13 +217,10 @@ def conditional_batch_norm(
         input: (N, C, ...). labels: (N,) int64. weight, bias: (num_classes, C).
         The rest as in `batch_norm`.
     """
-    op = "conditional_batch_norm"
-    check_input(input, op)
-    check_tables(weight, bias, labels, input, op)
-    return _batch_norm(
-        input, weight, bias, labels, running_mean, running_var, training, momentum, eps, op,
-        degenerate, var_estimator, activation=activation, negative_slope=negative_slope,
-        residual=residual, residual_after_activation=residual_after_activation,
+    return _normalize(
+        "conditional_batch_norm", input, weight, bias, labels, residual, running_mean,
+        running_var, training, momentum, 0, eps, activation, negative_slope,
+        residual_after_activation, degenerate, var_estimator,
     )  # fmt: skip
 
 
@@ -272,26 +246,11 @@ def instance_norm(
             `use_input_stats`, used in their place when not.
         weight, bias: (C,) or None.
     """
-    op = "instance_norm"
-    check_input(input, op, 3)
-    channels = input.shape[1]
-    named = {"weight": weight, "bias": bias, "running_mean": running_mean,
-             "running_var": running_var}  # fmt: skip
-    for name, t in named.items():
-        check_vector(t, name, channels, op)
-    check_devices(input, op, **named)
-    epilogue = (activation, negative_slope, residual, residual_after_activation)
-    if not use_input_stats:
-        if running_mean is None or running_var is None:
-            raise ValueError(f"{op}: use_input_stats=False needs running_mean and running_var")
-        stats = (running_mean, running_var)
-        return _normalize(input, weight, bias, None, stats, 0, eps, op, *epilogue)
-    check_plane(input, op)
-    running = None
-    if input.numel() and (running_mean is not None or running_var is not None):
-        count = math.prod(input.shape[2:])
-        running = (running_mean, running_var, momentum, count / (count - 1))
-    return _normalize(input, weight, bias, None, None, channels, eps, op, *epilogue, running)
+    return _normalize(
+        "instance_norm", input, weight, bias, None, residual, running_mean, running_var,
+        use_input_stats, momentum, None, eps, activation, negative_slope,
+        residual_after_activation,
+    )  # fmt: skip
 
 
 def conditional_instance_norm(
@@ -313,13 +272,9 @@ def conditional_instance_norm(
     Args:
         input: (N, C, ...). labels: (N,) int64. weight, bias: (num_classes, C).
     """
-    op = "conditional_instance_norm"
-    check_input(input, op, 3)
-    check_tables(weight, bias, labels, input, op)
-    check_plane(input, op)
     return _normalize(
-        input, weight, bias, labels, None, input.shape[1], eps, op, activation, negative_slope,
-        residual, residual_after_activation,
+        "conditional_instance_norm", input, weight, bias, labels, residual, None, None, True, 0.0,
+        None, eps, activation, negative_slope, residual_after_activation,
     )  # fmt: skip
 
 
@@ -340,15 +295,9 @@ def group_norm(
     Args:
         num_groups: must divide C. weight, bias: (C,) or None.
     """
-    op = "group_norm"
-    check_input(input, op)
-    channels = input.shape[1]
-    check_groups(num_groups, channels, op)
-    for name, t in (("weight", weight), ("bias", bias)):
-        check_vector(t, name, channels, op)
     return _normalize(
-        input, weight, bias, None, None, num_groups, eps, op, activation,
-        negative_slope, residual, residual_after_activation,
+        "group_norm", input, weight, bias, None, residual, None, None, True, 0.0, num_groups, eps,
+        activation, negative_slope, residual_after_activation,
     )  # fmt: skip
 
 
@@ -382,7 +331,8 @@ def layer_norm(
     width = math.prod(shape)
     rows = input.reshape(math.prod(input.shape[: -len(shape)]), width)
     weight, bias = (None if t is None else t.reshape(width) for t in (weight, bias))
-    y = _normalize(rows, weight, bias, None, None, 1, eps, op, None, 0.0, None, False)
+    none = None, None, None, None
+    y = _normalize(op, rows, weight, bias, *none, True, 0.0, 1, eps, None, 0.0, False)
     return y.view(input.shape)
 
 

@@ -30,7 +30,12 @@ class Epilogue:
         check_choice("activation", self.activation, ACTIVATIONS)
 
     def kwargs(self, residual: Tensor | None) -> dict[str, Any]:
-        return {**self.__dict__, "residual": residual}
+        return {
+            "activation": self.activation,
+            "negative_slope": self.negative_slope,
+            "residual": residual,
+            "residual_after_activation": self.residual_after_activation,
+        }
 
     def __str__(self) -> str:
         slope = f"({self.negative_slope})" if self.activation == "leaky_relu" else ""

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gannorm.reference import NormSpec, Running, stat_dtype
+from gannorm.reference import Given, NormSpec, Running, planes, shaped, stat_dtype, update_running
 
 SOURCE = Path(__file__).with_name("native.c")
 INCLUDED = Path(__file__).with_name("native_real.c")
@@ -160,6 +160,13 @@ def _rows(weight: Tensor | None, bias: Tensor | None) -> int:
     return one.shape[0] if one is not None and one.dim() == 2 else 1
 
 
+def _moves(running: Running, spec: NormSpec, dtype: torch.dtype) -> bool:
+    """Whether the kernels move these running statistics."""
+    buffers = [t for t in running[:2] if t is not None]
+    kinds = [t.dtype is dtype and t.is_contiguous() and not t.is_neg() for t in buffers]
+    return not spec.groups and all(kinds)
+
+
 def _run(name: str, rows: int, norm: bytes) -> None:
     failed = getattr(kernels(), name)(norm)
     if failed == 2:
@@ -174,12 +181,17 @@ def forward(
     bias: Tensor | None,
     labels: Tensor | None,
     residual: Tensor | None,  # as x
-    given: tuple[Tensor, Tensor] | None,
+    given: Given | None,
     spec: NormSpec,
-    running: Running | None = None,
+    running: Running | None = None,  # to be moved
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.forward`; moves the running statistics (contiguous, of x's kind) too."""
-    dtype, x = stat_dtype(x.dtype), _dense(x)
+    """As `reference.forward`."""
+    if x.dim() != 3 and not takes(x):
+        added = None if residual is None else planes(residual)
+        y, stats = forward(planes(x), weight, bias, labels, added, given, spec, running)
+        return shaped(y, x), stats
+    dtype = stat_dtype(x.dtype)
+    x = _dense(x)
     n, c = x.shape[:2]
     groups, eps, activation, slope, after = spec
     weight, bias = _table(weight, dtype), _table(bias, dtype)
@@ -189,7 +201,8 @@ def forward(
     rows = _rows(weight, bias)
     mean, var = given or (None, None)
     mean, var = _table(mean, dtype), _table(var, dtype)
-    running_mean, running_var, momentum, bessel = running or (None, None, 0.0, 0.0)
+    moved = running if running is not None and _moves(running, spec, dtype) else None
+    running_mean, running_var, momentum, bessel = moved or (None, None, 0.0, 0.0)
     y = _like(x, last)
     stats = x.new_empty((4, n, groups) if groups else (4, c), dtype=dtype)
     _run("norm_forward", rows, _norm(
@@ -202,6 +215,8 @@ def forward(
         stats.data_ptr(), _address(mean), _address(var), _address(weight), _address(bias),
         _address(labels), _address(running_mean), _address(running_var), 0, 0,
     ))  # fmt: skip
+    if running is not None and moved is None:
+        update_running(running, stats)
     return y, stats
 
 
@@ -218,6 +233,13 @@ def backward(
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """As `reference.backward`; no g where nobody needs it."""
+    if x.dim() != 3 and not takes(x):
+        added = None if residual is None else planes(residual)
+        dx, dweight, dbias, g = backward(
+            planes(dy), planes(x), weight, bias, labels, added, stats, spec, given, need_dx
+        )
+        dx, g = (None if t is None else shaped(t, x) for t in (dx, g))
+        return dx, dweight, dbias, g
     dtype, x, stats = stat_dtype(x.dtype), _dense(x), stats.contiguous()
     n, c = x.shape[:2]
     dy = _dense(dy if dy.dtype is x.dtype else dy.to(x.dtype), x)

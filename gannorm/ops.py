@@ -43,7 +43,7 @@ def _(x, weight, bias, labels, residual, mean, var, groups, *_):
 
 
 def _like(x: Tensor) -> Tensor:
-    from gannorm.kernels.launch import dense_strides
+    from gannorm.kernels.layout import dense_strides
 
     return x.new_empty_strided(x.shape, dense_strides(x))
 

@@ -1,15 +1,16 @@
 """Every norm in plain torch: the path for machines without a GPU, and the oracle for the kernels.
 
-`forward` and `backward` have the launchers' signatures (see `gannorm.kernels`), so that the
-autograd Function calls either without knowing which. Under `torch.no_grad` `forward` works in
-place on its own temporaries; with grad enabled it is a composition of differentiable torch ops,
-which is where second and higher derivatives come from (`gannorm.autograd`).
+`forward` and `backward` have the signatures of `gannorm.kernels`' and `gannorm.native`'s, and take
+torch's shapes. Under `torch.no_grad` `forward` works in place on its own temporaries; with grad
+enabled it is a composition of differentiable torch ops, which is where second and higher
+derivatives come from (`gannorm.autograd`).
 
 The variance is two-pass around a mean that is itself shifted by the first element of each set:
 a constant plane of any magnitude then normalizes to exactly 0. Tried and dropped: `torch.var_mean`
 (Welford) is 5 to 8 times slower on a CPU; E[x^2] - E[x]^2 cancels.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ class NormSpec(NamedTuple):
     residual_after_activation: bool = False
 
 
+Given = tuple[Tensor, Tensor]  # mean and variance (C,): evaluation mode
 # Running mean and variance (C,), the share by which they move, biased variance to running one.
 Running = tuple[Tensor | None, Tensor | None, float, float]
 
@@ -66,6 +68,26 @@ def stat_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def planes(t: Tensor) -> Tensor:
+    """(N, C, ...) as (N, C, S)."""
+    if t.dim() == 3:
+        return t
+    return t.reshape(t.shape[0], t.shape[1], math.prod(t.shape[2:]))
+
+
+def shaped(t: Tensor, like: Tensor) -> Tensor:
+    """(N, C, S) in the shape of `like`, channels_last where it is that and not contiguous too."""
+    if like.dim() == 3:
+        return t
+    if torch.is_grad_enabled() or transformed():
+        return t.reshape(like.shape)
+    t = torch.ops.aten._unsafe_view(t, like.shape)  # a caller may work on the output in place
+    last = like.dim() == 4 and not like.is_contiguous()
+    if last and like.is_contiguous(memory_format=torch.channels_last):
+        return t.contiguous(memory_format=torch.channels_last)
+    return t
+
+
 def _per_channel(stat: Tensor, n: int, c: int, groups: int) -> Tensor:
     """Statistics (C,) or (N, groups) as (N, C, 1) or (1, C, 1)."""
     if groups == 0:
@@ -74,10 +96,10 @@ def _per_channel(stat: Tensor, n: int, c: int, groups: int) -> Tensor:
 
 
 def table_rows(table: Tensor | None, labels: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The affine table (K, C) as (N, C, 1), or (1, C, 1) when all samples share its one row."""
+    """The affine (C,) or (K, C) as (N, C, 1), or (1, C, 1) when all samples share its one row."""
     if table is None:
         return None
-    table = table.to(dtype)
+    table = (table if table.dim() == 2 else table.unsqueeze(0)).to(dtype)
     return (table if labels is None else table[labels]).unsqueeze(-1)
 
 
@@ -125,15 +147,28 @@ def statistics(x: Tensor, spec: NormSpec) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    x: Tensor,  # (N, C, S)
-    weight: Tensor | None,  # (K, C)
-    bias: Tensor | None,  # (K, C)
+    x: Tensor,  # (N, C, ...)
+    weight: Tensor | None,  # (C,) or (K, C)
+    bias: Tensor | None,
     labels: Tensor | None,  # (N,), or None: row 0 for all
-    residual: Tensor | None,  # (N, C, S)
-    given: tuple[Tensor, Tensor] | None,  # mean and variance (C,): evaluation mode
+    residual: Tensor | None,  # as x
+    given: Given | None,
     spec: NormSpec,
+    running: Running | None = None,  # to be moved
 ) -> tuple[Tensor, Tensor]:
-    """y (N, C, S) in x's dtype, and the statistics that were used (see `statistics`)."""
+    """y as x, and the statistics that were used (see `statistics`)."""
+    added = None if residual is None else planes(residual)
+    y, stats = _forward(planes(x), weight, bias, labels, added, given, spec)
+    if running is not None:
+        update_running(running, stats)
+    return shaped(y, x), stats
+
+
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, labels: Tensor | None,
+    residual: Tensor | None, given: Given | None, spec: NormSpec,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`forward` of (N, C, S)."""
     n, c, _ = x.shape
     dtype = stat_dtype(x.dtype)
     inplace = not torch.is_grad_enabled() and not transformed()
@@ -190,9 +225,9 @@ def activation_grad(dy: Tensor, pre: Tensor, spec: NormSpec) -> Tensor:
 
 
 def backward(
-    dy: Tensor,  # (N, C, S)
+    dy: Tensor,  # (N, C, ...)
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | None,  # (C,) or (K, C)
     bias: Tensor | None,
     labels: Tensor | None,
     residual: Tensor | None,  # only where the activation's derivative depends on it
@@ -205,6 +240,18 @@ def backward(
 
     Not differentiable; second derivatives go through `forward` (see `gannorm.autograd`).
     """
+    added = None if residual is None else planes(residual)
+    dx, dweight, dbias, g = _backward(
+        planes(dy), planes(x), weight, bias, labels, added, stats, spec, given, need_dx
+    )
+    return None if dx is None else shaped(dx, x), dweight, dbias, shaped(g, x)
+
+
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, labels: Tensor | None,
+    residual: Tensor | None, stats: Tensor, spec: NormSpec, given: bool, need_dx: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """`backward` of (N, C, S)."""
     n, c, s = x.shape
     dtype = stat_dtype(x.dtype)
     mean, error, rstd = (_per_channel(t, n, c, spec.groups) for t in stats[:3])
@@ -259,7 +306,7 @@ def table_grad(sums: Tensor, table: Tensor | None, labels: Tensor | None) -> Ten
     if table is None:
         return None
     if labels is None:
-        return sums.sum(0, keepdim=True).to(table.dtype)
+        return sums.sum(0).view(table.shape).to(table.dtype)
     grad = sums.new_zeros(table.shape)
     if sums.is_cuda:  # sorts there; index_add_ would add in any order, as this does on a CPU
         return grad.index_put_((labels,), sums, accumulate=True).to(table.dtype)

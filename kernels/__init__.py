@@ -10,6 +10,6 @@ statistics: 0 for one channel across the batch, else sets of channels inside eac
 if __name__ != "gannorm.kernels":
     raise ImportError(f"import this package as gannorm.kernels, not as {__name__}")
 
-from gannorm.kernels.launch import backward, forward
+from gannorm.kernels.launch import backward, forward, launches
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "launches"]

@@ -1,15 +1,18 @@
 """The launchers: outputs allocated, a plan chosen, kernels launched from a cache.
 
-`forward` and `backward` take tensors on one device; `gannorm.functional` has checked them. x
-(N, C, S) may lie anywhere; everything else that is of its size comes and goes in `dense_strides`:
-channels_last where x is, else contiguous. `spec` is any object with groups, eps, activation,
-negative_slope and residual_after_activation (`gannorm.reference.NormSpec`).
+They take torch's shapes: x (N, C, ...), an affine (C,) or (K, C), all on one device;
+`gannorm.functional` has checked them. x is read where it lies if its planes are dense, or if it is
+channels_last; everything else of its size comes and goes in `dense_strides`: channels_last where x
+is, else contiguous. `spec` is any object with groups, eps, activation, negative_slope and
+residual_after_activation (`gannorm.reference.NormSpec`).
+
+What a call needs besides its tensors' addresses is worked out once for tensors of one kind (shapes,
+strides, dtypes, device) and kept: `Launches`.
 """
 
 import json
 import math
-from contextlib import nullcontext
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +20,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
-from triton.runtime import driver
 
 from gannorm.kernels.held import held_backward_kernel, held_forward_kernel
+from gannorm.kernels.layout import contiguous, dense_strides, flat_strides, is_ready, placed
+from gannorm.kernels.runner import Kernel
 from gannorm.kernels.split import (
     split_apply_kernel,
     split_dx_kernel,
@@ -39,7 +42,13 @@ WAVES = 8  # programs for each processor of the GPU, at most, that split sets ar
 MERGED = 16  # partials for each tile of a chunk, beyond which they are merged once, for 2% less
 MERGED_SETS = 4  # sets that a merging program takes: 32 bytes of float64 side by side
 GRID = 65535  # programs along the second axis of a CUDA grid, at most
+TABLE_SAMPLES, TABLE_COLUMNS = 16, 64  # that a program of a table's gradient takes at a time
 SUMMED_ROWS = 16  # rows of a table whose gradients the programs of a channel add up themselves
+KEPT = 4096  # kinds of calls that are remembered
+
+Given = tuple[Tensor, Tensor]  # mean and variance (C,): evaluation mode
+# Running mean and variance (C,), the share by which they move, biased variance to running one.
+Running = tuple[Tensor | None, Tensor | None, float, float]
 
 
 class Plan(NamedTuple):
@@ -82,7 +91,6 @@ def tuned() -> dict[str, dict[str, list[float]]]:
     return json.loads(PLANS.read_text(encoding="utf-8")) if PLANS.exists() else {}
 
 
-@lru_cache(maxsize=4096)
 def plan(
     batch: bool,  # statistics across the batch, else inside each sample
     samples: int,
@@ -138,21 +146,6 @@ def plan(
     return Plan(False, block_p, group, block_s, even, warps, blocks, chunks, loops, parts, cut)
 
 
-def dense_strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of a dense (N, C, S): channels_last where x is, else contiguous."""
-    n, c, size = x.shape
-    last = (size * c, 1, c)
-    stands = x.stride()[1:] == last[1:] and (n == 1 or x.stride(0) == last[0])
-    return last if size > 1 and c > 1 and stands else (c * size, size, 1)
-
-
-def _dense(t: Tensor, strides: tuple[int, int, int]) -> Tensor:
-    pairs = zip(t.shape, t.stride(), strides, strict=True)
-    if all(a == b or size == 1 for size, a, b in pairs):
-        return t
-    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
-
-
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -170,170 +163,250 @@ def _bounds(device: torch.device, key: str) -> Bounds | None:
     return None if found is None else Bounds(int(found[0]), int(found[1]), int(found[2]), found[3])
 
 
-_runners: dict[Any, Any] = {}
+class Launches:
+    """The launches of a norm on tensors of one kind.
 
-
-def _launch(
-    kernel: Any, grid: tuple[int, int, int], warps: int, pointers: tuple[Tensor | None, ...],
-    numbers: tuple[Any, ...], constants: tuple[Any, ...], floats: tuple[float, ...] = (),
-) -> None:  # fmt: skip
-    """kernel[grid](*pointers, *floats, *numbers, *constants), most of it remembered.
-
-    Triton's own dispatch examines every argument of every call. Here a call like an earlier one
-    (same integers and constants, same dtypes, same alignment) finds its compiled kernel at once.
+    tensors: x, weight, bias, labels, residual, and the statistics that are given or run; those of
+        a later call are of the same shapes, strides and dtypes.
     """
-    kinds = tuple([None if p is None else (p.dtype, p.data_ptr() % 16 == 0) for p in pointers])
-    device = pointers[0].device.index  # type: ignore[union-attr]
-    key = (kernel, grid, warps, numbers, constants, kinds, device)
-    runner = _runners.get(key)
-    arguments = (*pointers, *floats, *numbers, *constants)
-    elsewhere = device is not None and device != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else nullcontext():
-        if runner is not None:
-            runner(*arguments)
+
+    def __init__(self, tensors: tuple[Tensor | None, ...], spec: Any, given: bool) -> None:
+        x, weight, bias, labels, residual, mean, var = tensors
+        assert x is not None
+        n, c, *plane = x.shape
+        groups, size = spec.groups, math.prod(plane)
+        self.spec, self.given, self.device, self.dtype = spec, given, x.device, x.dtype
+        self.stride = dense_strides(x)  # of all that is of x's size, but x
+        self.strides = (*self.stride[:2], self.stride[-1] if plane else 1)  # the same, (N, C, S)
+        flat = None if x.is_neg() else flat_strides(x)
+        self.copied, self.x_strides = flat is None, flat or self.strides
+        self.like = x.stride() == self.stride
+        # Whether anything has to be copied before a kernel can have it.
+        tables = (weight, bias, labels, *((mean, var) if given else ()))
+        aside = residual is not None and (residual.is_neg() or residual.stride() != self.stride)
+        self.loose = self.copied or aside or not all(map(is_ready, tables))
+        # The share by which running statistics move comes as a float32.
+        held = not given and not groups and x.dtype != torch.float64
+        self.moves = held and is_ready(mean) and is_ready(var)
+        self.statistics = _statistics_dtype(x.dtype)
+        table = bias if weight is None else weight
+        rows = table.shape[0] if table is not None and table.dim() == 2 else 1
+        self.tables, self.sizes = table is not None, (n, rows, c)
+        self.shape = (n, groups) if groups else (c,)  # of a statistic
+        planes, sets = (c // groups, groups) if groups else (n, c)
+        self.domain = (planes, sets, size, math.prod(self.shape))
+        self.kind = "batch" if groups == 0 else "plane" if groups == c else "group"
+        self.plan: Plan | None = None
+
+    def _planned(self) -> Plan:
+        """Choose the plan, and with it the kernels; none is compiled before it is called."""
+        n, rows, c = self.sizes
+        planes, sets, size, total = self.domain
+        batch, last = self.kind == "batch", self.strides[1] == 1 and c > 1
+        itemsize = self.statistics.itemsize
+        bounds = _bounds(self.device, bounds_key(batch, total, planes, size, itemsize, last))
+        p = plan(
+            batch, n, planes, sets, size, itemsize, last, self.given, _processors(self.device),
+            bounds,
+        )  # fmt: skip
+        spec, dtype = self.spec, tl.float64 if itemsize == 8 else tl.float32
+        numbers = (*self.x_strides, *self.strides, *self.sizes, *self.domain)
+        slope = (self.kind, spec.activation, spec.negative_slope)
+        blocks = (p.block_p, p.block_g, p.block_s, p.even)
+        apply = (*slope, spec.eps, dtype, spec.residual_after_activation, *blocks)
+        back: tuple[Any, ...] = (*slope, dtype, *blocks)
+        self.summed = p.held and batch and rows <= SUMMED_ROWS and self.tables
+        nothing: Kernel | None = None
+        self.moments = self.merge = self.sum = self.reduce = nothing
+        if p.held:
+            grid = (p.blocks, 1, 1)
+            self.apply = self._kernel(held_forward_kernel, grid, p.warps, numbers, apply)
+            back, kernel = (*back, self.summed), held_backward_kernel
+        else:
+            self._split(p, numbers, dtype, apply, back)
+            grid, numbers = (p.blocks, p.chunks, 1), (*numbers, p.parts, p.loops)
+            back, kernel = (*back, p.cut), split_dx_kernel
+        # Without dx, with it.
+        self.back = [self._kernel(kernel, grid, p.warps, numbers, back) for _ in range(2)]
+        self.table = self._kernel(
+            table_grad_kernel, (rows, triton.cdiv(c, TABLE_COLUMNS), 1), 4, (n, c, p.parts),
+            (dtype, TABLE_SAMPLES, TABLE_COLUMNS),
+        )  # fmt: skip
+        self.plan = p
+        return p
+
+    def _split(
+        self, p: Plan, numbers: tuple[int, ...], dtype: Any, apply: tuple[Any, ...],
+        back: tuple[Any, ...],
+    ) -> None:  # fmt: skip
+        """The kernels of a split plan, but for dx."""
+        planes, sets, _, total = self.domain
+        grid, merging = (p.blocks, p.chunks, 1), triton.cdiv(sets, MERGED_SETS) * (total // sets)
+        chunks, parts = (p.chunks, p.loops), (p.parts, p.loops)
+        self.apply = self._kernel(
+            split_apply_kernel, grid, p.warps, (*numbers, *chunks), (*apply, p.cut)
+        )
+        if self.tables or not self.given:
+            self.sum = self._kernel(
+                split_sums_kernel, grid, p.warps, (*numbers, *parts), (*back, p.cut)
+            )
+        if self.given:
             return
-        compiled = kernel[grid](*arguments, **_options(warps))
-    if hasattr(compiled, "run"):  # not in the interpreter
-        _runners[key] = compiled[grid]
+        self.moments = self._kernel(
+            split_moments_kernel, grid, p.warps, (*self.x_strides, *self.domain, *chunks),
+            (self.kind, dtype, p.block_p, p.block_g, p.block_s, p.even, p.cut),
+        )  # fmt: skip
+        if p.chunks * p.block_g > MERGED * p.loops:
+            self.merge = self._kernel(
+                split_merge_kernel, (merging, 1, 1), 4,
+                (*self.x_strides[:2], *self.domain, *chunks),
+                (self.kind, self.spec.eps, dtype, p.block_p, MERGED_SETS, p.block_s, p.cut),
+            )  # fmt: skip
+        if planes * p.parts * p.block_g > 2 * MERGED * p.loops:
+            self.reduce = self._kernel(
+                split_reduce_kernel, (merging, 1, 1), 4, (*self.sizes, *self.domain, p.parts),
+                (self.kind, MERGED_SETS, dtype),
+            )  # fmt: skip
+
+    def _kernel(
+        self, kernel: Any, grid: tuple[int, int, int], warps: int, numbers: tuple[int, ...],
+        constants: tuple[Any, ...],
+    ) -> Kernel:  # fmt: skip
+        return Kernel(kernel, grid, warps, numbers, constants, self.device)
+
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, labels: Tensor | None,
+        residual: Tensor | None, mean: Tensor | None, var: Tensor | None,
+        factors: tuple[float, float],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """y and the statistics, as `forward` below; mean and var: given, or those to move."""
+        p = self.plan or self._planned()
+        if self.loose:
+            x, weight, bias, labels, residual = self._tidy(x, weight, bias, labels, residual)
+            mean, var = (contiguous(mean), contiguous(var)) if self.given else (mean, var)
+        y = torch.empty_like(x) if self.like else x.new_empty_strided(x.shape, self.stride)
+        stats = x.new_empty((4, *self.shape), dtype=self.statistics)
+        if not (self.given or self.moves):
+            mean = var = None
+        inputs = (x, y, residual, weight, bias, labels)
+        if p.held:
+            self.apply((*inputs, stats, mean, var), factors)
+            return y, stats
+        if self.given:
+            self.apply((*inputs, None, mean, var, stats, None, None), factors)
+            return y, stats
+        assert self.moments is not None
+        partial = x.new_empty((2, p.chunks, self.domain[3]), dtype=torch.float64)
+        self.moments((x, partial))
+        if self.merge is not None:
+            self.merge((x, partial, stats, mean, var), factors)
+            self.apply((*inputs, None, None, None, stats, None, None), factors)
+        else:
+            self.apply((*inputs, partial, None, None, stats, mean, var), factors)
+        return y, stats
+
+    def backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None,
+        labels: Tensor | None, residual: Tensor | None, stats: Tensor, need_dx: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+        """As `backward` below."""
+        p = self.plan or self._planned()
+        if self.loose:
+            x, weight, bias, labels, residual = self._tidy(x, weight, bias, labels, residual)
+        if dy.dtype != self.dtype:
+            dy = dy.to(self.dtype)
+        if dy.stride() != self.stride or dy.is_neg() or not dy.data_ptr():
+            dy = placed(dy, self.stride)
+        dweight = None if weight is None else torch.empty_like(weight)
+        dbias = None if bias is None else torch.empty_like(bias)
+        dx = torch.empty_like(dy) if need_dx else None
+        g = None if residual is None else torch.empty_like(dy)
+        inputs = (x, dy, residual, weight, bias, labels, stats)
+        sums = None
+        if self.sum is not None or (self.tables and not self.summed):
+            n, _, c = self.sizes
+            sums = x.new_empty((2, p.parts, n, c), dtype=self.statistics)
+        if p.held:
+            tables = (dweight, dbias) if self.summed else (None, None)
+            self.back[need_dx]((*inputs, dx, g, sums, *tables))
+        else:
+            if self.sum is not None:
+                self.sum((*inputs, sums))
+            if need_dx or g is not None:
+                partials, means = None if self.given else sums, None
+                if self.reduce is not None:
+                    means = x.new_empty((2, self.domain[3]), dtype=self.statistics)
+                    self.reduce((sums, weight, labels, means))
+                    partials = None
+                self.back[need_dx]((*inputs, partials, means, dx, g))
+        if self.tables and not self.summed:
+            self.table((sums, labels, dweight, dbias))
+        return dx, dweight, dbias, g
+
+    def _tidy(self, x: Tensor, *others: Tensor | None) -> Any:
+        *tables, residual = others
+        if self.copied:
+            x = placed(x, self.stride)
+        if residual is not None:
+            residual = placed(residual, self.stride)
+        return x, *map(contiguous, tables), residual
 
 
-def _options(warps: int) -> dict[str, int]:
-    """Left alone, NVIDIA's assembler spills a few registers to fit more programs on a processor."""
-    if knobs.runtime.interpret or driver.active.get_current_target().backend != "cuda":
-        return {"num_warps": warps}
-    return {"num_warps": warps, "maxnreg": min(255, 2048 // warps)}
-
-
-class _Call(NamedTuple):
-    """What the launches of one norm have in common."""
-
-    plan: Plan
-    strides: tuple[int, int, int]
-    layout: tuple[int, ...]
-    sizes: tuple[int, ...]
-    shape: tuple[int, ...]  # of a statistic
-    domain: tuple[int, ...]  # planes, sets, size, sets in all
-    statistics: torch.dtype
-    dtype: Any
-
-
-@lru_cache(maxsize=4096)
-def _call(
-    shape: tuple[int, int, int], stride: tuple[int, int, int], strides: tuple[int, int, int],
-    dtype: torch.dtype, groups: int, rows: int, given: bool, device: torch.device,
-) -> _Call:  # fmt: skip
-    n, c, size = shape
-    planes, sets = (c // groups, groups) if groups else (n, c)
-    double = dtype == torch.float64
-    last = strides[1] == 1 and c > 1
-    itemsize = 8 if double else 4
-    stat_shape = (n, groups) if groups else (c,)
-    key = bounds_key(not groups, math.prod(stat_shape), planes, size, itemsize, last)
-    chosen = plan(
-        not groups, n, planes, sets, size, itemsize, last, given, _processors(device),
-        _bounds(device, key),
-    )  # fmt: skip
-    return _Call(
-        chosen, strides, (*stride, *strides), (n, rows, c), stat_shape,
-        (planes, sets, size, math.prod(stat_shape)),
-        _statistics_dtype(dtype), tl.float64 if double else tl.float32,
-    )  # fmt: skip
+_launches: dict[Any, Launches] = {}
 
 
 def forget() -> None:
-    """Plan anew from here on: the bounds above or the table of plans have changed."""
-    plan.cache_clear()
-    _call.cache_clear()
+    """Plan anew from here on: the bounds above, or the table of plans, have changed."""
+    for known in _launches.values():
+        known.plan = None
 
 
-def _prepare(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Any, given: bool
-) -> _Call:
-    table = bias if weight is None else weight
-    rows = 1 if table is None else table.shape[0]
-    return _call(
-        x.shape, x.stride(), dense_strides(x), x.dtype, spec.groups, rows, given, x.device
-    )  # fmt: skip
+def facts(t: Tensor | None) -> Any:
+    """What the launches of a call depend on."""
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.is_neg())
 
 
-def _merging(call: _Call) -> tuple[int, int, int]:
-    """The grid of a kernel that merges partials."""
-    _, sets, _, total = call.domain
-    return triton.cdiv(sets, MERGED_SETS) * (total // sets), 1, 1
-
-
-def _domain(x: Tensor, spec: Any) -> str:
-    return "batch" if spec.groups == 0 else "plane" if spec.groups == x.shape[1] else "group"
+def launches(tensors: tuple[Tensor | None, ...], spec: Any, given: bool) -> Launches:
+    """The launches for such tensors, those of `Launches`."""
+    key = (spec, given, *map(facts, tensors))
+    found = _launches.get(key)
+    if found is None:
+        if len(_launches) >= KEPT:
+            _launches.clear()
+        found = _launches[key] = Launches(tensors, spec, given)
+    return found
 
 
 def forward(
-    x: Tensor,  # (N, C, S)
-    weight: Tensor | None,  # (K, C)
+    x: Tensor,  # (N, C, ...)
+    weight: Tensor | None,  # (C,) or (K, C)
     bias: Tensor | None,
     labels: Tensor | None,  # (N,)
-    residual: Tensor | None,  # (N, C, S)
-    given: tuple[Tensor, Tensor] | None,  # mean and variance (C,): evaluation mode
+    residual: Tensor | None,  # as x
+    given: Given | None,
     spec: Any,
-    running: tuple[Tensor | None, Tensor | None, float, float] | None = None,
+    running: Running | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y, and the statistics: mean, its rounding error, rstd, biased variance; (4, C) or
     (4, N, groups).
 
-    running: running mean and variance (C,) to move, by which share, and what makes the variance
-        the running one (n / (n - 1), or 1). Statistics across the batch only.
+    running: statistics across the batch that are to be moved.
     """
     if not x.numel():
         shape = (x.shape[0], spec.groups) if spec.groups else (x.shape[1],)
         return torch.empty_like(x), x.new_zeros((4, *shape), dtype=_statistics_dtype(x.dtype))
-    call = _prepare(x, weight, bias, spec, given is not None)
-    p = call.plan
-    y = torch.empty_strided(x.shape, call.strides, dtype=x.dtype, device=x.device)
-    stats = torch.empty((4, *call.shape), dtype=call.statistics, device=x.device)
-    if residual is not None:
-        residual = _dense(residual, call.strides)
-    mean, var, *shares = running or (None, None, 0.0, 1.0)
-    factors = tuple(map(float, shares))  # an integer would be compiled in, as a constant
-    blocks = (p.block_p, p.block_g, p.block_s, p.even)
-    domain = _domain(x, spec)
-    epilogue = (domain, spec.activation, spec.negative_slope, spec.eps, call.dtype,
-                spec.residual_after_activation)  # fmt: skip
-    inputs = (x, y, residual, weight, bias, labels)
-    if p.held:
-        _launch(
-            held_forward_kernel, (p.blocks, 1, 1), p.warps, (*inputs, stats, mean, var),
-            (*call.layout, *call.sizes, *call.domain), (*epilogue, *blocks), factors,
-        )  # fmt: skip
-        return y, stats
-    grid, partial = (p.blocks, p.chunks, 1), None
-    if given is None:
-        total = call.domain[3]
-        partial = torch.empty((2, p.chunks, total), dtype=torch.float64, device=x.device)
-        _launch(
-            split_moments_kernel, grid, p.warps, (x, partial),
-            (*call.layout[:3], *call.domain, p.chunks, p.loops),
-            (domain, call.dtype, *blocks, p.cut),
-        )  # fmt: skip
-        if p.chunks * p.block_g > MERGED * p.loops:
-            _launch(
-                split_merge_kernel, _merging(call), 4, (x, partial, stats, mean, var),
-                (*call.layout[:2], *call.domain, p.chunks, p.loops),
-                (domain, spec.eps, call.dtype, p.block_p, MERGED_SETS, p.block_s, p.cut),
-                factors,
-            )  # fmt: skip
-            partial = mean = var = None
-    _launch(
-        split_apply_kernel, grid, p.warps,
-        (*inputs, partial, *(given or (None, None)), stats, mean, var),
-        (*call.layout, *call.sizes, *call.domain, p.chunks, p.loops),
-        (*epilogue, *blocks, p.cut), factors,
-    )  # fmt: skip
-    return y, stats
+    mean, var, *shares = given or running or (None, None)
+    known = launches((x, weight, bias, labels, residual, mean, var), spec, given is not None)
+    momentum, bessel = shares or (0.0, 1.0)
+    return known.forward(
+        x, weight, bias, labels, residual, mean, var, (float(momentum), float(bessel))
+    )
 
 
 def backward(
-    dy: Tensor,  # (N, C, S)
+    dy: Tensor,  # (N, C, ...)
     x: Tensor,
-    weight: Tensor | None,  # (K, C)
+    weight: Tensor | None,  # (C,) or (K, C)
     bias: Tensor | None,
     labels: Tensor | None,
     residual: Tensor | None,  # only where the activation's derivative depends on it
@@ -343,57 +416,9 @@ def backward(
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight, dbias, and the gradient of `residual`."""
-    dweight, dbias = (None if t is None else torch.empty_like(t) for t in (weight, bias))
     if not x.numel():
-        for table in (dweight, dbias):
-            if table is not None:
-                table.zero_()
+        dweight, dbias = (None if t is None else torch.zeros_like(t) for t in (weight, bias))
         # New tensors: a custom op's outputs may not be its inputs.
         return torch.empty_like(dy), dweight, dbias, torch.empty_like(dy)
-    call = _prepare(x, weight, bias, spec, given)
-    p = call.plan
-    dy = _dense(dy, call.strides)
-    dx = torch.empty_like(dy) if need_dx else None
-    g = None
-    if residual is not None:
-        residual, g = _dense(residual, call.strides), torch.empty_like(dy)
-    domain, tables = _domain(x, spec), weight is not None or bias is not None
-    blocks = (p.block_p, p.block_g, p.block_s, p.even)
-    constants = (domain, spec.activation, spec.negative_slope, call.dtype)
-    inputs = (x, dy, residual, weight, bias, labels, stats)
-    numbers = (*call.layout, *call.sizes, *call.domain)
-    summed = p.held and domain == "batch" and call.sizes[1] <= SUMMED_ROWS and tables
-    sums = None
-    if not summed and (tables or not (p.held or given)):
-        n, c, _ = x.shape
-        sums = torch.empty((2, p.parts, n, c), dtype=call.statistics, device=x.device)
-    if p.held:
-        _launch(
-            held_backward_kernel, (p.blocks, 1, 1), p.warps,
-            (*inputs, dx, g, sums, dweight if summed else None, dbias if summed else None),
-            numbers, (*constants, *blocks, summed),
-        )  # fmt: skip
-    else:
-        grid = (p.blocks, p.chunks, 1)
-        split = (*numbers, p.parts, p.loops), (*constants, *blocks, p.cut)
-        if sums is not None:
-            _launch(split_sums_kernel, grid, p.warps, (*inputs, sums), *split)
-        if need_dx or g is not None:
-            partials, means = (None, None) if given else (sums, None)
-            if partials is not None and call.domain[0] * p.parts * p.block_g > 2 * MERGED * p.loops:
-                means = torch.empty((2, call.domain[3]), dtype=call.statistics, device=x.device)
-                _launch(
-                    split_reduce_kernel, _merging(call), 4, (sums, weight, labels, means),
-                    (*call.sizes, *call.domain, p.parts), (domain, MERGED_SETS, call.dtype),
-                )  # fmt: skip
-                partials = None
-            _launch(split_dx_kernel, grid, p.warps, (*inputs, partials, means, dx, g), *split)
-    if tables and not summed:
-        assert sums is not None
-        n, rows, c = call.sizes
-        width, height = 64, 16
-        _launch(
-            table_grad_kernel, (rows, triton.cdiv(c, width), 1), 4, (sums, labels, dweight, dbias),
-            (n, c, p.parts), (call.dtype, height, width),
-        )  # fmt: skip
-    return dx, dweight, dbias, g
+    known = launches((x, weight, bias, labels, residual, None, None), spec, given)
+    return known.backward(dy, x, weight, bias, labels, residual, stats, need_dx)

@@ -32,7 +32,7 @@ AUTO, CHECKS, CONV = "gannorm/autograd.py", "gannorm/checks.py", "gannorm/conver
 NATIVE, NATIVE_C, REAL = "gannorm/native.py", "gannorm/native.c", "gannorm/native_real.c"
 BACK, OPS = "gannorm/backend.py", "gannorm/ops.py"
 TILE, LAUNCH = "kernels/tile.py", "kernels/launch.py"
-HELD, SPLIT = "kernels/held.py", "kernels/split.py"
+HELD, SPLIT, LAYOUT = "kernels/held.py", "kernels/split.py", "kernels/layout.py"
 
 GAPS = "test_norm_gaps.py -k "
 INST_REF = "test_instance_norm.py -k 'against and composed and float64'"
@@ -168,11 +168,16 @@ MUTANTS = tuple(Mutant(*m) for m in (
     ("traced code gets native kernels", BACK, "eager and native", "native",
      "test_ops.py -k 'without_values'"),
     # the autograd Function
-    ("constants in the double backward", AUTO, "if ctx.given else None",
-     "if ctx.spec.groups == 0 else None", SECOND),
+    ("constants in the double backward", AUTO, "given, call.spec)\n            pairs",
+     "None if call.spec.groups else (stats[0], stats[3]), call.spec)\n            pairs", SECOND),
     ("residual gradient missing", AUTO, "dresidual = dy  #", "dresidual = dy * 0  #", INST_REF),
-    ("slope without the residual", AUTO, "residual if folded else None", "None", INST_REF),
+    ("slope without the residual", AUTO, "residual if call.folded else None", "None", INST_REF),
     ("raw kernels under create_graph", AUTO, "if torch.is_grad_enabled():", "if False:", SECOND),
+    # what is remembered of a call
+    ("strides not looked at", FUN, "t.shape, t.stride(), t.dtype", "t.shape, t.dtype",
+     PLANS + "'every and held and not leaky'"),
+    ("settings not looked at", FUN, "(op, own, settings, selected()", "(op, own, selected()",
+     BATCH_TRI),
     # registered operators
     ("op forgets the residual's place", OPS, "spec = NormSpec(groups, eps, activation, "
      "negative_slope, residual_after_activation)", "spec = NormSpec(groups, eps, activation, "
@@ -215,15 +220,14 @@ MUTANTS = tuple(Mutant(*m) for m in (
      "offset = (sample * stride_n).to(tl.int32)", GAPS + "'past and triton'"),
     ("group off by one", TILE, "g.to(tl.int64) * planes + p", "g.to(tl.int64) + p", HELD_TRI),
     ("stride of the channels", TILE, "channel * stride_c)[", "channel * stride_n)[", SLICED),
-    ("residual's strides", LAUNCH, "residual = _dense(residual, call.strides)\n    mean",
-     "pass\n    mean", LAST),
-    ("gradient's strides", LAUNCH, "dy = _dense(dy, call.strides)", "pass",
+    ("residual's strides", LAUNCH, "residual = placed(residual, self.stride)", "pass", LAST),
+    ("gradient's strides", LAUNCH, "dy = placed(dy, self.stride)", "pass",
      GAPS + "'layout and triton'"),
-    ("dtype of half", LAUNCH, "y = torch.empty_strided(x.shape, call.strides, dtype=x.dtype",
-     "y = torch.empty_strided(x.shape, call.strides, dtype=call.statistics",
+    ("dtype of half", LAUNCH, "y = torch.empty_like(x) if",
+     "y = torch.empty_like(x, dtype=self.statistics) if",
      "test_instance_norm.py -k 'half and triton'"),
-    ("layout of channels_last", LAUNCH, "return last if size > 1 and c > 1 and stands",
-     "return last if False", LAST),
+    ("layout of channels_last", LAYOUT, "if size > 1 and c > 1", "if False",
+     LAST),
     # affine and epilogue, kernels
     ("row 0 for all", TILE, "index += label * channels", "index += label * 0", LOOP),
     ("label outside the table", TILE, 'float("nan"), weight)', "0.0, weight)", INSIDE),
@@ -235,7 +239,8 @@ MUTANTS = tuple(Mutant(*m) for m in (
     ("slope fixed", TILE, "z * tl.full([], SLOPE, z.dtype), z)", "z * 0.2, z)", LEAKY),
     ("NaN lost in relu", TILE, "z = tl.where(z < 0, 0.0, z)", "z = tl.where(z > 0, z, 0.0)",
      "test_instance_norm.py -k 'poisons and triton'"),
-    ("eval statistics of the batch", LAUNCH, "*(given or (None, None))", "None, None", EVAL_TRI),
+    ("eval statistics of the batch", LAUNCH, "None, mean, var, stats, None, None)",
+     "None, None, None, stats, None, None)", EVAL_TRI),
     # gradients, kernels
     ("relu mask side", TILE, "tl.where(z <= 0, 0.0, dy)", "tl.where(z > 0, 0.0, dy)", RELU),
     ("relu gradient at 0", TILE, "tl.where(z <= 0, 0.0, dy)", "tl.where(z < 0, 0.0, dy)",
@@ -251,7 +256,7 @@ MUTANTS = tuple(Mutant(*m) for m in (
     ("split: no mean term in dx", SPLIT, " - a[None, :, None]", "", PLANES),
     ("split: a part forgotten", SPLIT, "for part in range(0, parts):\n        for p",
      "for part in range(0, 1):\n        for p", ELEMENTS),
-    ("eval gradient of training", LAUNCH, "(None, None) if given else (sums, None)", "(sums, None)",
+    ("eval gradient of training", LAUNCH, "None if self.given else sums, None", "sums, None",
      EVAL_TRI),
     ("inner residual gradient", HELD, "tl.store(g_ptr + offsets, g.to",
      "tl.store(g_ptr + offsets, (g * 0).to", INNER),
@@ -270,23 +275,21 @@ MUTANTS = tuple(Mutant(*m) for m in (
      RUNNING),
     ("momentum flipped", REF, "new, buffer), momentum)", "new, buffer), 1 - momentum)", BIASED),
     ("no running update", REF, "new, buffer), momentum)", "new, buffer), 0.0)", BIASED),
-    ("biased for unbiased", FUN, 'if var_estimator == "unbiased" else',
-     'if var_estimator == "biased" else',
-     BIASED),
-    ("instance variance biased", FUN, "momentum, count / (count - 1))", "momentum, 1.0)",
+    ("biased for unbiased", FUN, 'running and var_estimator == "unbiased"',
+     'running and var_estimator == "biased"', BIASED),
+    ("instance variance biased", FUN, "if unbiased else", "if unbiased and not groups else",
      "test_instance_norm.py -k 'running and not triton'"),
     ("non-finite update", REF, "in pairs]).all(0)", "in pairs]).all(0) | True",
      "test_batch_norm.py -k 'finite and not triton'"),
     ("non-finite variance", REF, "for _, new in pairs]).all(0)", "for _, new in pairs])[0]",
      GAPS + "'overflow and not triton'"),
-    ("degenerate ignored", FUN, 'if count == 1 and degenerate != "beta":', "if count == 1:",
+    ("degenerate ignored", CHECKS, ' and degenerate != "beta":', ":",
      "test_batch_norm.py -k 'one_value and not triton'"),
-    ("no size check, batch", FUN, "if count == 1 and degenerate", "if count == 0 and degenerate",
+    ("no size check, batch", CHECKS, "max(channels, 1) == 1 and", "max(channels, 1) == 0 and",
      "test_batch_norm.py -k 'one_value and not triton'"),
-    ("op evaluates with the batch's", FUN,
-     "stats = (running_mean, running_var)\n        return _normalize(x",
-     "stats = None\n        return _normalize(x", BATCH_REF),
-    ("layout forgotten", FUN, "return torch.channels_last\n", "return torch.contiguous_format\n",
+    ("op evaluates with the batch's", FUN, "launches, not own, running",
+     "launches, False, running", BATCH_REF),
+    ("layout forgotten", REF, "return t.contiguous(memory_format=torch.channels_last)", "return t",
      "test_instance_norm.py -k channels_last"),
     ("no size check, instance", CHECKS, "math.prod(x.shape[2:]) == 1", "False", REFUSE),
     ("negative labels", CHECKS, "if low < 0 or high >= rows:", "if high >= rows:", REFUSE),
@@ -309,7 +312,7 @@ MUTANTS = tuple(Mutant(*m) for m in (
     ("epilogue ignored by a layer", NORMS,
      "self.bias, self.eps, **self.epilogue.kwargs(residual)\n", "self.bias, self.eps\n",
      LAYERS + " -k build"),
-    ("residual ignored by layers", BASE, '"residual": residual}', '"residual": None}', LAYERS),
+    ("residual ignored by layers", BASE, '"residual": residual,', '"residual": None,', LAYERS),
     ("residual of one image", NORMS, "None if residual is None else residual.unsqueeze(0)", "None",
      LAYERS + " -k one_image"),
     ("convert over a forward", CONV, 'and "forward" not in norm.__dict__', "",

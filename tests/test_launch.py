@@ -9,6 +9,7 @@ from gannorm import functional as G
 from gannorm import use_backend
 from gannorm.kernels import launch
 from gannorm.kernels.launch import plan
+from gannorm.kernels.runner import Kernel
 
 # HELD, TILE, WAVES and GRID that make a plan of each kind out of small shapes.
 KINDS = {
@@ -32,12 +33,11 @@ def kind(request, monkeypatch):
     for name, value in zip(("HELD", "TILE", "WAVES", "GRID"), KINDS[request.param], strict=True):
         monkeypatch.setattr(launch, name, value)
     monkeypatch.setattr(launch, "_processors", lambda device: 2)
-    for cached in (plan, launch._call):
-        cached.cache_clear()
+    launch.forget()
     with use_backend("triton"):
         yield request.param
-    for cached in (plan, launch._call):
-        cached.cache_clear()
+    monkeypatch.undo()
+    launch.forget()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -157,13 +157,13 @@ def test_plans(case, itemsize, last):
 def test_momentum_is_never_a_compiled_constant(kind, monkeypatch):
     """Triton makes an integer 1 a constant, and the remembered kernel serves every momentum."""
     floats = []
-    launched = launch._launch
+    launched = Kernel.__call__
 
-    def watched(*arguments):
-        floats.extend(arguments[6:])
-        launched(*arguments)
+    def watched(kernel, pointers, *factors):
+        floats.extend(factors)
+        launched(kernel, pointers, *factors)
 
-    monkeypatch.setattr(launch, "_launch", watched)
+    monkeypatch.setattr(Kernel, "__call__", watched)
     G.batch_norm(torch.randn(4, 3, 5, 5), torch.zeros(3), torch.ones(3), training=True, momentum=1)
     assert floats
     assert all(type(value) is float for pair in floats for value in pair)

@@ -23,9 +23,9 @@ def no_table(monkeypatch):
     """An empty table, and nothing of it left in the caches."""
     table: dict = {}
     monkeypatch.setattr(launch, "tuned", lambda: table)
-    launch._call.cache_clear()
+    launch.forget()
     yield table
-    launch._call.cache_clear()
+    launch.forget()
 
 
 def test_the_table_decides_the_plan_of_its_kind_of_set_alone(no_table, monkeypatch):
