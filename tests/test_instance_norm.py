@@ -138,8 +138,12 @@ def test_half_precision_keeps_statistics_in_float32(backend, dtype):
     assert ((y.double() - oracle).abs() <= limit).all()
 
 
-def test_channels_last_comes_back_channels_last():
-    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    y = G.instance_norm(x)
-    assert y.is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_channels_last_comes_back_channels_last(backend):
+    x = leaf(2, 3, 4, 5).detach().to(memory_format=torch.channels_last).requires_grad_()
+    with use_backend(backend):
+        y = G.instance_norm(x)
+    (dx,) = torch.autograd.grad(y.pow(3).sum(), x)
+    for t in (y, dx):
+        assert t.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y, F.instance_norm(x))
