@@ -76,16 +76,13 @@ def planes(t: Tensor) -> Tensor:
 
 
 def shaped(t: Tensor, like: Tensor) -> Tensor:
-    """(N, C, S) in the shape of `like`, channels_last where it is that and not contiguous too."""
+    """(N, C, S) in the shape of `like`; its layout is that of what it was made from."""
     if like.dim() == 3:
         return t
     if torch.is_grad_enabled() or transformed():
         return t.reshape(like.shape)
-    t = torch.ops.aten._unsafe_view(t, like.shape)  # a caller may work on the output in place
-    last = like.dim() == 4 and not like.is_contiguous()
-    if last and like.is_contiguous(memory_format=torch.channels_last):
-        return t.contiguous(memory_format=torch.channels_last)
-    return t
+    # No view: a caller may work on the output in place.
+    return torch.ops.aten._unsafe_view(t, like.shape)
 
 
 def _per_channel(stat: Tensor, n: int, c: int, groups: int) -> Tensor:

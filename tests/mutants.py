@@ -289,8 +289,6 @@ MUTANTS = tuple(Mutant(*m) for m in (
      "test_batch_norm.py -k 'one_value and not triton'"),
     ("op evaluates with the batch's", FUN, "launches, not own, running",
      "launches, False, running", BATCH_REF),
-    ("layout forgotten", REF, "return t.contiguous(memory_format=torch.channels_last)", "return t",
-     "test_instance_norm.py -k channels_last"),
     ("no size check, instance", CHECKS, "math.prod(x.shape[2:]) == 1", "False", REFUSE),
     ("negative labels", CHECKS, "if low < 0 or high >= rows:", "if high >= rows:", REFUSE),
     ("label past the table", CHECKS, "high >= rows:", "high > rows:", REFUSE),
