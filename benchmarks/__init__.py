@@ -1,5 +1,6 @@
 """What the norms and a training step cost, beside torch's own.
 
+    python -m benchmarks.gpu          all that only a GPU can tell, in 12 minutes (docs/gpu.md)
     python -m benchmarks.norms        time and share of the copy bandwidth of every op
     python -m benchmarks.moves        bytes that the kernels move, counted without a GPU
     python -m benchmarks.host         what one call costs the host
@@ -8,10 +9,10 @@
     python -m benchmarks.defaults     how good the default runs are over seeds
     python -m benchmarks.norm_study   how well each norm trains: the runs of `study=` as a report
 
-On a GPU machine, tests on the real kernels first:
+On a GPU machine:
 
     pip install -e ".[dev,peers]"
-    env -u TRITON_INTERPRET pytest && python -m benchmarks.norms && python -m benchmarks.step
+    python -m benchmarks.gpu
 
 norms, moves, host and step write JSON below `benchmarks/results/`, or where --out says.
 """

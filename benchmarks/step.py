@@ -19,14 +19,14 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -94,9 +94,20 @@ def random_batches(cfg: Config) -> Iterator[list[Batch]]:
 
 
 class Trained:
-    """One contestant: a task and its batches."""
+    """One contestant: a task and its batches.
 
-    def __init__(self, name: str, overrides: list[str], device: str, synthetic: bool) -> None:
+    adapt: what is done to every network once it stands on its device.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        overrides: list[str],
+        device: str,
+        synthetic: bool,
+        adapt: Callable[[nn.Module], object] | None = None,
+    ) -> None:
+        held = _memory(device)
         backend = ["norm.backend=torch"] if name == "torch" else []
         cfg = configured(*overrides, f"trainer.device={device}", *backend)
         data = None if synthetic else build_data(cfg.data)
@@ -104,6 +115,9 @@ class Trained:
         self.task = build_task(cfg, torch.device(device), data.num_classes if data else 10)
         if name == "unfused":
             unfuse(self.task)
+        if adapt is not None:
+            for net in self.task.networks.values():
+                adapt(net)
         self.batches = (
             random_batches(cfg) if data is None
             else batches(data.domains, batch_size=cfg.data.batch_size, start=0, stop=2**30, seed=0)
@@ -116,6 +130,7 @@ class Trained:
         for seed in (random.seed, torch.manual_seed):
             seed(0)
         self.first = {k: float(v) for k, v in self.step().items()}
+        self.peak_bytes = None if held is None else torch.cuda.max_memory_allocated() - held
 
     def stamp(self, part: str) -> None:
         """The time since the last stamp was this part's."""
@@ -139,12 +154,25 @@ class Trained:
         return losses
 
 
+def _memory(device: str) -> int | None:
+    """Bytes allocated on a GPU, from where its peak is counted on."""
+    if device != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
 def measure(
-    name: str, overrides: list[str], device: str, synthetic: bool, steps: int
+    name: str,
+    overrides: list[str],
+    device: str,
+    synthetic: bool,
+    steps: int,
+    names: Sequence[str] = ("ours", "unfused"),
+    adapt: Callable[[nn.Module], object] | None = None,
 ) -> dict[str, Any]:
-    """Medians of all contestants of a config, which take turns."""
-    names = ("ours", "torch", "unfused") if device == "cuda" else ("ours", "unfused")
-    trained = {who: Trained(who, overrides, device, synthetic) for who in names}
+    """Medians of the contestants `names` of a config, which take turns."""
+    trained = {who: Trained(who, overrides, device, synthetic, adapt) for who in names}
     parts: dict[str, list[dict[str, float]]] = {who: [] for who in names}
     rates: dict[str, list[float]] = {who: [] for who in names}
     for _ in tqdm(range(steps), desc=name, unit="round"):
@@ -168,6 +196,7 @@ def measure(
         "batch": task.cfg.data.batch_size,
         "precision": task.cfg.trainer.precision.name,
         "first_losses": {who: run.first for who, run in trained.items()},
+        "peak_bytes": {who: run.peak_bytes for who, run in trained.items()},
         "parts_ms": medians,
         "images_per_second": {who: statistics.median(found) for who, found in rates.items()},
     }
@@ -210,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     failed = False
     print(result["device"])
     for name, overrides, synthetic in todo:
-        row = measure(name, overrides, args.device, synthetic, 1 if args.quick else 20)
+        names = ("ours", "torch", "unfused") if args.device == "cuda" else ("ours", "unfused")
+        row = measure(name, overrides, args.device, synthetic, 1 if args.quick else 20, names)
         result["steps"].append(row)
         timing.write(result, path)
         print(f"{name}: batch {row['batch']}, {row['precision']}, {row['data']}")

@@ -22,6 +22,8 @@ from gannorm.errors import RequestError
 Run = Callable[[], Any]
 RESULTS = Path(__file__).parent / "results"
 REPEATS = 20  # calls in a captured graph, and in a stretch of wall time
+TURNS = 20  # replays of a graph, and twice the stretches of wall time
+EVENTS = 50  # calls between events
 
 CPU_PROTOCOL = (
     "wall: all contestants alternate in one loop, in another order each round; medians of single "
@@ -91,18 +93,18 @@ def _captured(run: Run) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _replayed(run: Run, repeats: int = 20) -> float:
+def _replayed(run: Run) -> float:
     """Microseconds of one call in a replayed graph."""
     graph = _captured(run)
     graph.replay()
-    elapsed = _between_events(graph.replay, None, repeats)
+    elapsed = _between_events(graph.replay, None, TURNS)
     del graph
     return elapsed / REPEATS
 
 
 def _wall(run: Run) -> float:
     samples = []
-    for _ in range(10):
+    for _ in range(max(1, TURNS // 2)):
         torch.cuda.synchronize()
         began = time.perf_counter_ns()
         for _ in range(REPEATS):
@@ -112,10 +114,12 @@ def _wall(run: Run) -> float:
     return statistics.median(samples)
 
 
-def time_cuda(runs: dict[str, Run], failed: dict[str, str]) -> dict[str, dict[str, float]]:
+def time_cuda(
+    runs: dict[str, Run], failed: dict[str, str], device: str = "cuda"
+) -> dict[str, dict[str, float]]:
     """Microseconds of a call, for each contestant, by protocol; `failed` takes the reasons."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
-    buffer = torch.empty(2 * cache, dtype=torch.uint8, device="cuda")
+    buffer = torch.empty(2 * cache, dtype=torch.uint8, device=device)
     flush = buffer.zero_
     flush_time = _replayed(flush)
     times = {}
@@ -129,8 +133,8 @@ def time_cuda(runs: dict[str, Run], failed: dict[str, str]) -> dict[str, dict[st
 
         times[name] = {
             "wall": _wall(run),
-            "events_warm": _between_events(run, None, 50),
-            "events_cold": _between_events(run, flush, 50),
+            "events_warm": _between_events(run, None, EVENTS),
+            "events_cold": _between_events(run, flush, EVENTS),
         }
         try:
             times[name]["graph_warm"] = _replayed(run)
@@ -208,6 +212,11 @@ def result_path(result: dict[str, Any], out: Path | None, prefix: str = "") -> P
         return out
     slug = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
     return RESULTS / f"{prefix}{slug}-{result['date']}.json"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; empty where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def write(result: dict[str, Any], path: Path) -> None:

@@ -16,6 +16,7 @@ sys.meta_path.insert(0, Refuse())
 import torch
 import gannorm
 from benchmarks import host, norms, tune
+from benchmarks.gpu import __main__, checks, right, stages, table
 x = torch.randn(2, 4, 3, 3)
 print(tuple(gannorm.InstanceNorm2d(4, activation="relu")(x).shape), hasattr(gannorm, "no_such"))
 """

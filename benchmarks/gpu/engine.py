@@ -1,0 +1,196 @@
+"""Stages of named items, each run in a process that may die: a crash or a hang costs one item.
+
+The command's own process never touches the GPU. It hands names to workers, one line each, and
+writes every answer to the stage's JSON file as soon as it is there; whatever ends the command, the
+files are whole. An illegal access to memory spoils a CUDA context for good, so a worker that meets
+a CUDA error answers and ends, and another one takes over.
+"""
+
+import json
+import os
+import queue
+import select
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks import timing
+
+START = 120.0  # seconds for a worker to be ready in
+GRACE = 10.0  # that running items are left at their stage's end
+Result = dict[str, Any]
+
+
+@dataclass
+class Report:
+    """What a stage found: an answer for each item, why there is none, and what was not tried."""
+
+    stage: str
+    path: Path
+    environment: Result
+    items: dict[str, Result] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    not_reached: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def write(self) -> None:
+        content = {k: v for k, v in vars(self).items() if k not in ("path", "environment")}
+        timing.write(self.environment | content, self.path)
+
+    @property
+    def wrong(self) -> dict[str, str]:
+        """Items that ran and were found wrong."""
+        found = {name: result.get("wrong", "") for name, result in self.items.items()}
+        return {name: words for name, words in found.items() if words}
+
+
+class _Worker:
+    """A process that answers a stage's names."""
+
+    def __init__(self, command: list[str], environment: Mapping[str, str], log: Path) -> None:
+        with log.open("ab") as errors:
+            self.process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=errors, bufsize=0, start_new_session=True,
+            )  # fmt: skip
+        self.ready = False
+
+    def ask(self, name: str, seconds: float) -> tuple[Result | None, str]:
+        """The answer, or None and what became of the process."""
+        assert self.process.stdin is not None
+        if not self.ready:
+            line, reason = self._line(START)
+            if not line:
+                return None, f"before it began: {reason}"
+            self.ready = True
+        try:
+            self.process.stdin.write(f"{name}\n".encode())
+        except BrokenPipeError:
+            return None, self._end()
+        line, reason = self._line(seconds)
+        return (json.loads(line) if line else None), reason
+
+    def _line(self, seconds: float) -> tuple[bytes, str]:
+        """A line from the process, or an empty one and why."""
+        assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], seconds)[0]:
+            self.kill()
+            return b"", f"no answer in {seconds:.0f} s"
+        line = self.process.stdout.readline()
+        return (line, "") if line.endswith(b"\n") else (b"", self._end())
+
+    def _end(self) -> str:
+        code = self.process.wait()
+        return f"the process died: signal {-code}" if code < 0 else f"the process ended: {code}"
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        """Let the process end by itself, which it does when nothing more can be asked."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+
+def run_stage(
+    report: Report, names: list[str], command: list[str], environment: Mapping[str, str],
+    workers: int, deadline: float, limit: float,
+) -> None:  # fmt: skip
+    """Run `names` in their order until `deadline` (time.monotonic), `limit` seconds each at most.
+
+    KeyboardInterrupt ends the workers and passes on.
+    """
+    began, todo, lock = time.monotonic(), queue.SimpleQueue[str](), threading.Lock()
+    for name in names:
+        todo.put(name)
+    log = report.path.with_suffix(".log")
+    running: set[_Worker] = set()
+    stopped = threading.Event()
+    bar = tqdm(total=len(names), desc=report.stage, unit="item", dynamic_ncols=True)
+
+    def note(name: str, result: Result | None, reason: str) -> None:
+        with lock:
+            if result is None:
+                report.failed[name] = reason
+            elif "error" in result:
+                report.failed[name] = result["error"]
+            else:
+                report.items[name] = result
+            report.seconds = round(time.monotonic() - began, 1)
+            report.not_reached = [
+                n for n in names if n not in report.items and n not in report.failed
+            ]
+            report.write()
+            bar.update()
+
+    def work() -> None:
+        worker: _Worker | None = None
+        while not stopped.is_set() and time.monotonic() < deadline:
+            try:
+                name = todo.get_nowait()
+            except queue.Empty:
+                break
+            if worker is None:
+                worker = _Worker(command, environment, log)
+                running.add(worker)
+            left = deadline + GRACE - time.monotonic()
+            result, reason = worker.ask(name, min(limit, left))
+            if stopped.is_set():
+                break
+            if result is None and left < limit and reason.startswith("no answer"):
+                reason = "cut off at the end of the stage's time"
+            note(name, result, reason)
+            if result is None or result.pop("last", False):
+                worker.kill()
+                running.discard(worker)
+                worker = None
+        if worker is not None and not stopped.is_set():
+            worker.close()
+            running.discard(worker)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(names)))]
+    try:
+        report.not_reached = list(names)
+        report.write()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.2)
+    finally:
+        stopped.set()
+        for worker in list(running):
+            worker.kill()
+        bar.close()
+
+
+def serve(run: Callable[[str], Result]) -> None:
+    """A worker: answer the names that come on stdin with a line of JSON each, until it closes."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what an item prints is none of the answers
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        last = False
+        try:
+            result = run(line.strip())
+        except Exception as error:
+            traceback.print_exc()
+            words = f"{type(error).__name__}: {error}".strip().splitlines()
+            result = {"error": " ".join(words[:2])[:300]}
+            last = "CUDA" in str(error) or type(error).__name__ == "AcceleratorError"
+        print(json.dumps(result | ({"last": True} if last else {})), file=answers, flush=True)
+        if last:
+            return

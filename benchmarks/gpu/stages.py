@@ -1,0 +1,195 @@
+"""The stages of `python -m benchmarks.gpu`: what their items are, and how a worker runs one."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from benchmarks import cases, host, norms, plot, timing, tune
+from benchmarks.cases import Case
+from benchmarks.gpu import checks, right
+from benchmarks.gpu.engine import Result
+
+# Behind the goals: forward + backward with an activation, in shares of the copy bandwidth, and
+# times faster than the others.
+GOALS = [
+    Case("instance", (8, 64, 256, 256), "relu"),
+    Case("instance", (8, 64, 256, 256), "relu", "bf16"),
+    Case("conditional_batch", (64, 256, 32, 32), "relu"),
+    Case("conditional_batch", (64, 256, 32, 32), "relu", "bf16"),
+]
+PERCENT, TIMES_EAGER, TIMES_COMPILE = 90.0, 2.5, 1.3
+COMPILED = 8  # cases beside torch.compile, which takes seconds for each
+HOST, GROWTH = "host cost, ", "growth"
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where items run."""
+
+    out: Path
+    rehearsed: bool
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.rehearsed else "cuda"
+
+
+# ---- right
+
+
+def right_items(context: Context) -> list[str]:
+    every = right.combinations()
+    plain = [str(c) for c in every if c.dtype == "fp32" and c[2:] in PLAIN]
+    rest = [str(c) for c in (right.few(every, 24) if context.rehearsed else every)]
+    return [*plain, *checks.ITEMS, *(name for name in rest if name not in plain)]
+
+
+PLAIN = [("nchw", plan, "none") for plan in right.PLANS]
+
+
+def run_right(name: str, context: Context) -> Result:
+    if name in checks.ITEMS:
+        return checks.run(name, checks.Place(context.device, context.rehearsed))
+    shapes = right.TINY if context.rehearsed else (right.EVEN, right.UNEVEN)
+    return {"wrong": right.check(right.Combination(*name.split()), context.device, shapes)}
+
+
+# ---- fast
+
+
+def timed_cases(context: Context) -> list[Case]:
+    """The goals, the published shapes with a ReLU, then every other epilogue and layout."""
+    if context.rehearsed:
+        return cases.quick_cases()
+    every = cases.cuda_cases()
+    first = [c for c in every if c.epilogue == "relu" and c.layout == "nchw"]
+    ends = [c for c in first if c.op != "instance" or c.shape[0] in (1, 8)]
+    return list(dict.fromkeys([*GOALS, *ends, *first, *every]))
+
+
+def fast_items(context: Context) -> list[str]:
+    small = host.CASES[:1] if context.rehearsed else host.CASES
+    every = [str(c) for c in timed_cases(context)]
+    cut = len(every) if context.rehearsed else COMPILED + 12
+    return [*every[:cut], *(f"{HOST}{c}" for c in small), GROWTH, *every[cut:]]
+
+
+@functools.cache
+def _copy(device: str, quick: bool) -> float:
+    return timing.copy_bandwidth(device, quick)
+
+
+def run_fast(name: str, context: Context) -> Result:
+    device, quick = context.device, context.rehearsed
+    if name == GROWTH:
+        growing = cases.growth_cases(quick)
+        return norms.growth(growing[:2] if quick else growing, norms.arguments(
+            ["--device", device, *(["--quick"] if quick else [])]
+        ))  # fmt: skip
+    if name.startswith(HOST):
+        case = next(c for c in host.CASES if name == f"{HOST}{c}")
+        return {"host": {d: _clocked(case, d, context) for d in norms.DIRECTIONS}}
+    known = timed_cases(context)
+    case = next(c for c in known if str(c) == name)
+    t = cases.tensors(case, device)
+    fault = cases.wrong(case, cases.errors(case, t, functools.partial(cases.ours, case, t)))
+    if fault:
+        return {"wrong": fault}
+    compiled = known.index(case) < (1 if quick else COMPILED)
+    copy = {"copy_gbps": _copy(device, quick)}
+    return copy | {"entries": norms.measure(case, copy, device, 0.05, compiled)}
+
+
+def _clocked(case: Case, direction: str, context: Context) -> dict[str, dict[str, float]]:
+    t = cases.tensors(case, context.device)
+    runs, failed = norms.contestants(case, t, direction, compiled=False)
+    return norms.clocked(runs, failed, context.device, 0.05)
+
+
+def rehearsed_clocks() -> Any:
+    """GPU clocks, on the stand-ins, with few repetitions."""
+
+    def clocked(runs: Any, failed: Any, device: str, seconds: float) -> Any:
+        return timing.time_cuda(runs, failed, device)
+
+    return (
+        mock.patch.multiple(timing, REPEATS=1, TURNS=1, EVENTS=1),
+        mock.patch.object(norms, "clocked", clocked),
+        mock.patch.object(tune, "clocked", clocked),
+    )
+
+
+# ---- tuned
+
+
+def missed(context: Context) -> list[tuple[float, str]]:
+    """Float32 cases below the share of the copy bandwidth that is the goal, worst first; one for
+    each kind of set that plans are chosen by."""
+    results = timing.read(context.out / "fast.json").get("items", {})
+    found: dict[str, tuple[float, str]] = {}
+    for case in timed_cases(context):
+        for entry in results.get(str(case), {}).get("entries", ()):
+            shares = entry["percent_of_copy"]["ours"]
+            percent, key = shares[plot.main_protocol(shares)], tune.key(case)
+            if entry["direction"] == "both" and case.dtype == "fp32" and percent < PERCENT:
+                found[key] = min(found.get(key, (PERCENT, "")), (percent, str(case)))
+    return sorted(found.values())
+
+
+def tuned_items(context: Context) -> list[str]:
+    if context.rehearsed:
+        return [str(c) for c in tune.tuned_cases(True)]
+    return [name for _, name in missed(context)]
+
+
+def run_tuned(name: str, context: Context) -> Result:
+    from gannorm.kernels import launch
+
+    known = tune.tuned_cases(True) if context.rehearsed else timed_cases(context)
+    case = next(c for c in known if str(c) == name)
+    card = timing.device_name(context.device)
+    best, gain = tune.tune(case, context.device, card, 0.05)
+    if gain > tune.GAIN or context.rehearsed:
+        path = context.out / "plans.json"
+        plans = timing.read(path) or launch.tuned()
+        plans.setdefault(card, {})[tune.key(case)] = list(best)
+        timing.write(plans, path)
+    return {"key": tune.key(case), "bounds": list(best), "gain": gain}
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    share: float  # of the time
+    limit: float  # seconds for one item
+    items: Callable[[Context], list[str]]
+    run: Callable[[str, Context], Result]
+    many: bool = False  # workers, where nothing is timed
+
+
+def _whole(name: str) -> Any:
+    """Items and runs of the stages that need Hydra, which the others are to be had without."""
+
+    def items(context: Context) -> list[str]:
+        from benchmarks.gpu import whole
+
+        return getattr(whole, f"{name}_items")(context)
+
+    def run(item: str, context: Context) -> Result:
+        from benchmarks.gpu import whole
+
+        return getattr(whole, f"run_{name}")(item, context)
+
+    return items, run
+
+
+STAGES = (
+    Stage("right", 4.0, 90.0, right_items, run_right, many=True),
+    Stage("run", 1.0, 120.0, *_whole("run")),
+    Stage("fast", 3.5, 90.0, fast_items, run_fast),
+    Stage("tuned", 1.5, 60.0, tuned_items, run_tuned),
+    Stage("step", 2.0, 150.0, *_whole("step")),
+)

@@ -1,0 +1,114 @@
+"""What `python -m benchmarks.gpu` prints last: a short table of all that was found."""
+
+from typing import Any
+
+from benchmarks import plot
+from benchmarks.gpu import stages
+from benchmarks.gpu.engine import Report
+
+SHOWN = 12  # lines of one kind
+
+
+def table(reports: list[Report], environment: dict[str, Any], context: stages.Context) -> str:
+    versions = environment["versions"]
+    lines = [f"{environment['device']}; torch {versions['torch']}, triton {versions['triton']}"]
+    if context.rehearsed:
+        lines.append("A rehearsal: its times mean nothing.")
+    for report in reports:
+        skipped = [r["skipped"] for r in report.items.values() if "skipped" in r]
+        counts = [f"{len(report.items) - len(skipped)} done", f"{len(report.wrong)} wrong"]
+        for number, word in (
+            (len(report.failed), "failed"), (len(skipped), "skipped"),
+            (len(report.not_reached), "not reached"),
+        ):  # fmt: skip
+            counts += [f"{number} {word}"] if number else []
+        lines.append(f"\n{report.stage}: {', '.join(counts)}, {report.seconds:.0f} s")
+        lines += shortened([f"    WRONG {name}: {why}" for name, why in report.wrong.items()])
+        lines += shortened([f"    FAILED {name}: {why}" for name, why in report.failed.items()])
+        lines += [f"    skipped: {why}" for why in dict.fromkeys(skipped)]
+        lines += SHOW[report.stage](report, context)
+    return "\n".join(lines)
+
+
+def shortened(lines: list[str]) -> list[str]:
+    more = [f"    and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return lines[:SHOWN] + more
+
+
+def _run(report: Report, context: stages.Context) -> list[str]:
+    return [
+        f"    {name}: {result['images_per_second']:.0f} images/s, {result['seconds']:.0f} s; first "
+        f"losses {_losses(result['losses'])}, on the CPU {_losses(result['losses_cpu'])}"
+        for name, result in report.items.items()
+        if "losses" in result
+    ]
+
+
+def _losses(steps: list[dict[str, float]]) -> str:
+    return ", ".join(f"{k} {v:.3f}" for k, v in list(steps[0].items())[:3])
+
+
+def _fast(report: Report, context: stages.Context) -> list[str]:
+    lines = [
+        f"    {verdict(str(case), report)}" for case in stages.GOALS if str(case) in report.items
+    ]
+    worst = [f"    {percent:.0f}% of copy: {name}" for percent, name in stages.missed(context)[:5]]
+    lines += ["    worst against the copy bandwidth, forward + backward:", *worst] if worst else []
+    for name, result in report.items.items():
+        for direction, found in result.get("host", {}).items():
+            who = "  ".join(
+                f"{w} {t['wall']:.0f} us, in a graph {t.get('graph_warm', float('nan')):.0f}"
+                for w, t in found.items()
+            )
+            lines.append(f"    {name} {direction}: {who}")
+    for who, jump in report.items.get(stages.GROWTH, {}).get("largest_jump", {}).items():
+        lines.append(f"    growth, {who}: largest step {jump['relative']:.2f} x linear")
+    return lines
+
+
+def verdict(name: str, report: Report) -> str:
+    """One goal: what was asked, what was measured."""
+    for entry in report.items[name].get("entries", ()):
+        if entry["direction"] != "both":
+            continue
+        times, shares = entry["times_us"], entry["percent_of_copy"]["ours"]
+        protocol = plot.main_protocol(times["ours"])
+        mine, percent = times["ours"][protocol], shares[protocol]
+        ratios = {who: t[protocol] / mine for who, t in times.items() if protocol in t}
+        asked = {"eager": stages.TIMES_EAGER, "compile": stages.TIMES_COMPILE}
+        others = {w: r for w, r in ratios.items() if w not in ("ours", "unconditional")}
+        met = percent >= stages.PERCENT and all(r >= asked.get(w, 1.0) for w, r in others.items())
+        words = ", ".join(f"{w} {r:.2f}x" for w, r in others.items())
+        return f"{'met' if met else 'MISSED'}  {name}: {percent:.0f}% of copy, {words}"
+    return f"wrong  {name}"
+
+
+def _tuned(report: Report, context: stages.Context) -> list[str]:
+    gains = [f"    {r['gain']:.2f}x  {r['key']}" for r in report.items.values() if "gain" in r]
+    path = context.out / "plans.json"
+    if path.exists():
+        gains.append(f"    to use these plans: cp {path} kernels/plans.json")
+    return shortened(gains) if gains or report.failed else ["    nothing to tune"]
+
+
+def _step(report: Report, context: stages.Context) -> list[str]:
+    lines = []
+    for name, row in report.items.items():
+        who = [
+            f"{w} {rate:.1f} images/s" + (f", {peak / 2**30:.2f} GiB" if peak else "")
+            for (w, rate), peak in zip(
+                row.get("images_per_second", {}).items(), row.get("peak_bytes", {}).values(),
+                strict=True,
+            )
+        ]  # fmt: skip
+        lines += [f"    {name}: {'; '.join(who)}"] if who else []
+    return lines
+
+
+SHOW = {
+    "right": lambda report, context: [],
+    "run": _run,
+    "fast": _fast,
+    "tuned": _tuned,
+    "step": _step,
+}

@@ -1,0 +1,174 @@
+"""Stages 2 and 5, "run" and "step": whole trainings. They need Hydra, as training does."""
+
+import json
+import math
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from torch import nn
+
+from benchmarks import step
+from benchmarks.gpu.engine import Result
+from benchmarks.gpu.stages import Context
+from gannorm.config import typed
+from gannorm.data import batches, build_data
+from gannorm.tasks import build_task
+from gannorm.trainer import train
+
+STEPS, COMPARED = 60, 5
+# The first step's losses, and those behind the optimizers' first steps: relative, and absolute.
+FIRST, LATER = (0.02, 0.02), (0.2, 0.1)
+# Of the recipes, and what is done to a network for it; in the order of what is to be known first.
+VARIANTS: dict[str, tuple[list[str], Callable[[nn.Module], object] | None]] = {
+    "fp32": ([], None),
+    "bf16": (["trainer.precision=bf16"], None),
+    "channels_last": ([], lambda net: net.to(memory_format=torch.channels_last)),
+    "compile": ([], lambda net: net.compile()),
+}
+RECIPES = ("cyclegan_horse2zebra", "sngan_cifar10")
+LAST = "biggan_cifar10"
+SMALL = {
+    "cyclegan": ["model=cyclegan", "model.width=8", "model.blocks=1", "model.d_width=8"],
+    "resblock_gan": ["model=resblock_gan", "model.g_widths=[8,8,8,8]", "model.d_widths=[8,8,8,8]"],
+}
+
+
+@contextmanager
+def drawn_on_the_cpu() -> Iterator[None]:
+    """Random numbers come from the CPU's generator, whatever the device: the same everywhere."""
+
+    def moved(draw: Callable[..., Any]) -> Callable[..., Any]:
+        def drawn(*args: Any, device: Any = None, **kwargs: Any) -> Any:
+            return draw(*args, **kwargs).to(device)
+
+        return drawn
+
+    draws: dict[str, Any] = {
+        name: moved(getattr(torch, name)) for name in ("randn", "randint", "rand")
+    }
+    with mock.patch.multiple(torch, **draws):
+        yield
+
+
+@contextmanager
+def little(rehearsed: bool) -> Iterator[None]:
+    """In a rehearsal few digits, read by a classifier of two steps."""
+    with ExitStack() as stack:
+        if rehearsed:
+            from sklearn.datasets import load_digits
+
+            from gannorm.metrics import features
+
+            digits, bunch = import_module("gannorm.data.digits"), load_digits()
+            bunch.images, bunch.target = bunch.images[:300], bunch.target[:300]
+            stack.enter_context(mock.patch.object(digits, "load_digits", lambda: bunch))
+            stack.enter_context(mock.patch.object(features, "STEPS", 2))
+        yield
+
+
+# ---- run
+
+
+def run_items(context: Context) -> list[str]:
+    return list(SMALL)
+
+
+def run_run(name: str, context: Context) -> Result:
+    """A default training through `train`: its first losses beside the CPU's, its speed."""
+    folder, steps = context.out / "run" / name, 3 if context.rehearsed else STEPS
+    overrides = [
+        *(SMALL[name] if context.rehearsed else SMALL[name][:1]), f"trainer.steps={steps}",
+        "trainer.log_every=1", f"trainer.eval_every={steps}", f"trainer.sample_every={steps}",
+        f"trainer.checkpoint_every={steps}",
+    ]  # fmt: skip
+    compared = min(COMPARED, steps)
+    with initialize_config_dir(str(step.CONF), version_base="1.3"):
+        raw, beside = (
+            compose("config", [*overrides, f"trainer.device={device}"])
+            for device in (context.device, "cpu")
+        )
+    with drawn_on_the_cpu(), little(context.rehearsed):
+        summary = train(raw, folder)
+        expected = first_losses(beside, compared)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "speed/images_per_second" in line]
+    found = [
+        {k.removeprefix("loss/"): v for k, v in line.items() if k.startswith("loss/")}
+        for line in logged[:compared]
+    ]
+    speeds = [line["speed/images_per_second"] for line in logged[len(logged) // 2 :]]
+    return {
+        "wrong": disagreement(found, expected),
+        "images_per_second": statistics.median(speeds),
+        "seconds": summary["training_seconds"],
+        "losses": found,
+        "losses_cpu": expected,
+        "quality": summary["quality"],
+    }
+
+
+def first_losses(raw: Any, steps: int) -> list[dict[str, float]]:
+    """Of a run's first steps, as `train` makes them."""
+    cfg = typed(raw)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(cfg.seed)
+    data = build_data(cfg.data)
+    task = build_task(cfg, torch.device(cfg.trainer.device.name), data.num_classes)
+    loader = batches(
+        data.domains, batch_size=cfg.data.batch_size, start=0,
+        stop=steps * task.batches_per_step, seed=cfg.seed,
+    )  # fmt: skip
+    found = []
+    for number in range(steps):
+        task.set_learning_rates(number)
+        with task.norm_backend():
+            losses = task.train_step([next(loader) for _ in range(task.batches_per_step)])
+        task.update_averages(number)
+        found.append({k: float(v) for k, v in losses.items() if "/" not in k})
+    return found
+
+
+def disagreement(found: list[dict[str, float]], expected: list[dict[str, float]]) -> str:
+    """The first loss that is not finite, or not what the CPU's is, in words."""
+    for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        relative, absolute = LATER if number else FIRST
+        for name, value in theirs.items():
+            got = ours.get(name, math.nan)
+            if not abs(got - value) <= relative * abs(value) + absolute:
+                return f"step {number + 1}: {name} is {got:.4g}, on the CPU {value:.4g}"
+    return ""
+
+
+# ---- step
+
+
+def step_items(context: Context) -> list[str]:
+    if context.rehearsed:
+        return [f"{name} {variant}" for name in SMALL for variant in ("fp32", "channels_last")]
+    every = [f"{name} {variant}" for variant in VARIANTS for name in RECIPES]
+    return [*every, f"{LAST} fp32", f"{LAST} bf16"]
+
+
+def run_step(item: str, context: Context) -> Result:
+    """Ours beside the unfused twin: images/s, milliseconds by part, peak memory."""
+    from gannorm.kernels import launch
+
+    plans = context.out / "plans.json"
+    if plans.exists():
+        launch.PLANS = plans
+    name, variant = item.split()
+    overrides, adapt = VARIANTS[variant]
+    which = SMALL[name] if context.rehearsed else [f"experiment={name}"]
+    row = step.measure(
+        item, [*which, *overrides], context.device, True, 1 if context.rehearsed else 8,
+        adapt=adapt,
+    )  # fmt: skip
+    return row | {"wrong": step.disagreement(row["first_losses"])}
