@@ -198,6 +198,15 @@ def test_requests_that_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
+def test_without_hydra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    asked = ["--rehearse", "--stages", "step,run", "--out", str(tmp_path)]
+    assert command.main(asked) == 0
+    for name in ("run", "step"):
+        assert "hydra-core is not installed" in stage(tmp_path, name)["items"]["all"]["skipped"]
+    assert capsys.readouterr().out.count("skipped: hydra-core is not installed; pip install") == 2
+
+
 def test_goals(tmp_path: Path):
     """What the table says of a goal, and what is tuned, from the times of a run."""
 
