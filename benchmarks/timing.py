@@ -78,24 +78,24 @@ def _between_events(enqueue: Run, before: Run | None, repeats: int) -> float:
     return statistics.median(a.elapsed_time(b) * 1000 for a, b in pairs)
 
 
-def _captured(run: Run) -> torch.cuda.CUDAGraph:
-    """`run` REPEATS times in one graph."""
+def captured(run: Run, repeats: int) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """`run` so many times in one graph, and what the last one returned: written by each replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+    graph, last = torch.cuda.CUDAGraph(), None
     with torch.cuda.graph(graph):
-        for _ in range(REPEATS):
-            run()
-    return graph
+        for _ in range(repeats):
+            last = run()
+    return graph, last
 
 
 def _replayed(run: Run) -> float:
     """Microseconds of one call in a replayed graph."""
-    graph = _captured(run)
+    graph, _ = captured(run, REPEATS)
     graph.replay()
     elapsed = _between_events(graph.replay, None, TURNS)
     del graph

@@ -5,7 +5,8 @@
  * of one sample. A unit is whole sets: channels side by side, of one sample or of all. A thread
  * takes a unit, and finds it in its cache when it looks a second time; where there are too few
  * units, pieces are dealt out instead. A piece has at most PIECE elements; sums are REAL inside a
- * piece and double across pieces, and are added up in one order, whatever the number of threads.
+ * piece and double across pieces, and are added up in one order, whatever the number of threads;
+ * what rounds, and in which order, is said here and not left to the compiler (see `fma`).
  * Rows are worked on as they lie, the channels side by side.
  *
  * REAL is float, to which half types are converted by the piece, and double; WIDE tells what a mean
@@ -58,12 +59,27 @@ typedef struct {
   __builtin_prefetch((to) + (i), 1), __builtin_prefetch((to) + (i) + 64 / sizeof(REAL), 1)
 
 #define INLINE static inline __attribute__((always_inline))
-/* One copy for both ways of dealing out work: inlined ones may round differently. */
-#ifdef __clang__
-#define ONCE static __attribute__((noinline))
+
+/* a * b + c, rounded once where the processor can. FLAGS let no compiler choose: it may fuse in a
+ * loop's vectors and not in its remainder, and what is remainder depends on a thread's share. */
+#if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+INLINE float fma_float(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+INLINE double fma_double(double a, double b, double c) { return __builtin_fma(a, b, c); }
 #else
-#define ONCE static __attribute__((noinline, noclone))
+INLINE float fma_float(float a, float b, float c) { return a * b + c; }
+INLINE double fma_double(double a, double b, double c) { return a * b + c; }
 #endif
+
+/* Few sums side by side: a vector, since an array would stay in memory or be taken apart. Added up
+ * in this order, which `reduction` would leave to the compiler. */
+typedef float few_float __attribute__((vector_size(32), aligned(4), may_alias));
+typedef double few_double __attribute__((vector_size(32), aligned(8), may_alias));
+INLINE float total_few_float(const few_float *s) {
+  return (((*s)[0] + (*s)[4]) + ((*s)[2] + (*s)[6])) + (((*s)[1] + (*s)[5]) + ((*s)[3] + (*s)[7]));
+}
+INLINE double total_few_double(const few_double *s) {
+  return ((*s)[0] + (*s)[2]) + ((*s)[1] + (*s)[3]);
+}
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t parts(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -183,16 +199,17 @@ static inline uint16_t narrow(float value) { /* to nearest, ties to even */
 static inline float sigmoid_float(float x) {
   x = -x;
   x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-  float whole = x * 1.44269504f + 12582912.0f, power; /* 1.5 * 2^23: rounds to an integer */
+  float power, whole = fma_float(x, 1.44269504f, 12582912.0f); /* 1.5 * 2^23: to an integer */
   int32_t bits;
   memcpy(&bits, &whole, 4);
   whole -= 12582912.0f;
-  float f = x - whole * 0.693145752f - whole * 1.42860677e-6f; /* ln 2 in two parts */
+  float f = fma_float(whole, -1.42860677e-6f, fma_float(whole, -0.693145752f, x)); /* ln 2 in two */
   bits = (int32_t)((uint32_t)(bits + 127) << 23);
   memcpy(&power, &bits, 4);
-  float e = 1.0f + f * (1.0f + f * (0.5f + f * (0.166666667f + f * (0.0416666667f +
-            f * (0.00833333333f + f * 0.00138888889f)))));
-  return x == 88.0f ? 0.0f : 1.0f / (1.0f + e * power);
+  float e = fma_float(f, 0.00138888889f, 0.00833333333f);
+  e = fma_float(f, fma_float(f, e, 0.0416666667f), 0.166666667f);
+  e = fma_float(f, fma_float(f, fma_float(f, e, 0.5f), 1.0f), 1.0f);
+  return x == 88.0f ? 0.0f : 1.0f / fma_float(e, power, 1.0f);
 }
 
 static inline double sigmoid_double(double x) { return 1.0 / (1.0 + exp(-x)); }
@@ -201,15 +218,18 @@ static inline double sigmoid_double(double x) { return 1.0 / (1.0 + exp(-x)); }
 #define OWN FLOAT32
 #define WIDE double
 #define NAME(name) name##_float
+#define FEW 8
 #include "native_real.c"
 #undef REAL
 #undef WIDE
 #undef OWN
 #undef NAME
+#undef FEW
 #define REAL double
 #define OWN FLOAT64
 #define WIDE long double
 #define NAME(name) name##_double
+#define FEW 4
 #include "native_real.c"
 
 int norm_float16(void) {

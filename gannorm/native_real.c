@@ -55,7 +55,7 @@ typedef struct {
 } NAME(Moments);
 
 /* Chan's merge. Equal means stay what they are. */
-ONCE void NAME(merge)(NAME(Moments) *a, NAME(Moments) b) {
+static void NAME(merge)(NAME(Moments) *a, NAME(Moments) b) {
   double total = a->seen + b.seen, share = b.seen / total;
   double delta = (double)(b.mean - a->mean);
   if (a->seen == 0) {
@@ -78,7 +78,8 @@ static REAL NAME(total)(REAL *sums) {
  * are unlike the others, that is near enough to the mean to leave the variance its digits. */
 static NAME(Moments) NAME(moments)(const REAL *restrict a, int64_t count, const REAL *next) {
   REAL middle, sum = 0, square = 0, sums[LANES] = {0}, squares[LANES] = {0};
-  int64_t few = least(count, LANES);
+  NAME(few) side = {0}, squared = {0};
+  int64_t few = least(count, LANES), more = count - count % FEW;
   for (int64_t i = 0; i < few; i++) sums[i] = a[i] - a[0];
   middle = a[0] + NAME(total)(sums) / few;
   memset(sums, 0, sizeof(sums));
@@ -88,15 +89,20 @@ static NAME(Moments) NAME(moments)(const REAL *restrict a, int64_t count, const 
     for (int k = 0; k < LANES; k++) {
       REAL d = a[i + k] - middle;
       sums[k] += d;
-      squares[k] += d * d;
+      squares[k] = NAME(fma)(d, d, squares[k]);
     }
   }
-#pragma omp simd reduction(+ : sum, square)
-  for (int64_t i = whole; i < count; i++) {
+  for (int64_t i = whole; i < more; i += FEW) {
+    NAME(few) d = *(const NAME(few) *)(a + i) - middle;
+    side += d;
+    squared += d * d;
+  }
+  for (int64_t i = more; i < count; i++) {
     REAL d = a[i] - middle;
     sum += d;
-    square += d * d;
+    square = NAME(fma)(d, d, square);
   }
+  sum += NAME(total_few)(&side), square += NAME(total_few)(&squared);
   if (whole) sum += NAME(total)(sums), square += NAME(total)(squares);
   NAME(Moments) m = {count, square - (double)sum * sum / count,
                      (long double)middle + (double)sum / count};
@@ -110,7 +116,7 @@ static NAME(Moments) NAME(moments)(const REAL *restrict a, int64_t count, const 
 }
 
 /* Piece k of set i, whose first plane is (n, c). */
-ONCE NAME(Moments) NAME(piece)(const Norm *p, int64_t n, int64_t c, int64_t k) {
+static NAME(Moments) NAME(piece)(const Norm *p, int64_t n, int64_t c, int64_t k) {
   REAL buffer[PIECE];
   int64_t run = p->groups ? p->own * p->s : p->s, chunks = parts(run, PIECE);
   int64_t start = k % chunks * PIECE, count = least(PIECE, run - start);
@@ -155,7 +161,7 @@ static void NAME(columns)(const Norm *p, Unit u, NAME(Moments) *found) {
       for (int64_t i = 0; i < width; i++) {
         REAL d = a[i] - middle[i];
         sum[i] += d;
-        square[i] += d * d;
+        square[i] = NAME(fma)(d, d, square[i]);
       }
     }
     for (int64_t j = 0; j < u.count; j++) {
@@ -173,7 +179,7 @@ static void NAME(columns)(const Norm *p, Unit u, NAME(Moments) *found) {
 }
 
 /* Every channel's moments over a cut of many rows, as `moments` of a plane. */
-ONCE void NAME(band)(const Norm *p, Cut at, WIDE *mean, double *squares) {
+static void NAME(band)(const Norm *p, Cut at, WIDE *mean, double *squares) {
   REAL buffer[PIECE], middle[PIECE], sum[PIECE], square[PIECE];
   int64_t n = at.n, c = at.c, planes = at.planes, end = at.start + at.count;
   int64_t length = length_of(p), few = least(at.count, LANES);
@@ -196,7 +202,7 @@ ONCE void NAME(band)(const Norm *p, Cut at, WIDE *mean, double *squares) {
       for (int64_t j = 0; j < planes; j++) {
         REAL d = a[r * planes + j] - middle[j];
         sum[j] += d;
-        square[j] += d * d;
+        square[j] = NAME(fma)(d, d, square[j]);
       }
   }
   double count = at.count;
@@ -220,8 +226,8 @@ ONCE void NAME(band)(const Norm *p, Cut at, WIDE *mean, double *squares) {
 }
 
 /* `merge` of many channels, where all have `seen` values, the others `more`. */
-ONCE void NAME(join)(int64_t count, WIDE *mean, double *squares, double seen, const WIDE *means,
-                     const double *others, double more) {
+static void NAME(join)(int64_t count, WIDE *mean, double *squares, double seen, const WIDE *means,
+                       const double *others, double more) {
   double share = more / (seen + more);
   for (int64_t j = 0; j < count; j++) {
     double delta = (double)(means[j] - mean[j]);
@@ -235,7 +241,7 @@ static REAL NAME(moved)(REAL from, REAL to, REAL share) {
   return share < (REAL)0.5 ? from + share * (to - from) : to - (to - from) * (1 - share);
 }
 
-ONCE void NAME(finish_set)(const Norm *p, int64_t i, long double mean, double var) {
+static void NAME(finish_set)(const Norm *p, int64_t i, long double mean, double var) {
   REAL *stats = (REAL *)p->stats;
   int64_t sets = sets_of(p);
   REAL rounded = (REAL)mean;
@@ -277,7 +283,7 @@ static void NAME(spread)(const Norm *p, REAL *a, Cut at) {
   }
 }
 
-ONCE void NAME(describe)(const Norm *p, Cut at, NAME(Affine) *a) {
+static void NAME(describe)(const Norm *p, Cut at, NAME(Affine) *a) {
   int64_t n = at.n, c0 = at.c, count = at.planes;
   int64_t sets = sets_of(p), own = p->own, row = (p->labels ? p->labels[n] : 0) * p->c + c0;
   int64_t first = set_of(p, n, c0);
@@ -334,7 +340,7 @@ static inline REAL NAME(masked)(REAL dy, REAL v, int64_t activation, REAL slope)
   if (activation == LEAKY_RELU) return v > 0 ? dy : dy * slope;
   if (activation == SILU) {
     REAL s = NAME(sigmoid)(v);
-    return dy * (s * (1 + v * (1 - s)));
+    return dy * (s * NAME(fma)(v, 1 - s, 1));
   }
   return dy;
 }
@@ -345,7 +351,7 @@ INLINE void NAME(apply_plane)(const REAL *restrict x, const REAL *restrict r, RE
                               const REAL *restrict shift, int each, int64_t activation, int after,
                               REAL slope) {
   REAL m = *mean, a = *scale, b = *shift;
-#define PRE ((x[i] - (each ? mean[i] : m)) * (each ? scale[i] : a) + (each ? shift[i] : b))
+#define PRE NAME(fma)(x[i] - (each ? mean[i] : m), each ? scale[i] : a, each ? shift[i] : b)
   if (!r)
     for (int64_t i = 0; i < count; i++) y[i] = NAME(activate)(PRE, activation, slope);
   else if (after)
@@ -381,7 +387,7 @@ INLINE void NAME(apply_cut)(const Norm *p, Cut at, const REAL *x, const REAL *r,
        at.start < end_ && (at.count = least(length_, end_ - at.start), 1);    \
        at.start += length_)
 
-ONCE void NAME(apply)(const Norm *p, Cut at, double *unused) {
+static void NAME(apply)(const Norm *p, Cut at, double *unused) {
   REAL bx[PIECE], br[PIECE], by[PIECE];
   int64_t n = at.n, c = at.c;
   (void)unused;
@@ -569,19 +575,25 @@ INLINE void NAME(sum_planes)(const REAL *x, const REAL *g, int64_t planes, int64
     const REAL *restrict xs = x + j * s, *restrict gs = g + j * s;
     REAL sum = 0, product = 0, mean = a->center[j], rstd = a->rstd[j];
     REAL sums[LANES] = {0}, products[LANES] = {0};
-    int64_t whole = s < 4 * LANES ? 0 : s - s % LANES;
+    NAME(few) side = {0}, made = {0};
+    int64_t whole = s < 4 * LANES ? 0 : s - s % LANES, more = s - s % FEW;
     for (int64_t i = 0; i < whole; i += LANES) {
       EXPECT(next + j * s, i);
       for (int k = 0; k < LANES; k++) {
         sums[k] += gs[i + k];
-        products[k] += gs[i + k] * ((xs[i + k] - mean) * rstd);
+        products[k] = NAME(fma)(gs[i + k], (xs[i + k] - mean) * rstd, products[k]);
       }
     }
-#pragma omp simd reduction(+ : sum, product)
-    for (int64_t i = whole; i < s; i++) {
-      sum += gs[i];
-      product += gs[i] * ((xs[i] - mean) * rstd);
+    for (int64_t i = whole; i < more; i += FEW) {
+      NAME(few) value = *(const NAME(few) *)(gs + i);
+      side += value;
+      made += value * ((*(const NAME(few) *)(xs + i) - mean) * rstd);
     }
+    for (int64_t i = more; i < s; i++) {
+      sum += gs[i];
+      product = NAME(fma)(gs[i], (xs[i] - mean) * rstd, product);
+    }
+    sum += NAME(total_few)(&side), product += NAME(total_few)(&made);
     if (whole) sum += NAME(total)(sums), product += NAME(total)(products);
     gx_sum[j] = (start ? gx_sum[j] : 0) + ((double)product - (double)a->lag[j] * sum);
     g_sum[j] = (start ? g_sum[j] : 0) + sum;
@@ -598,7 +610,8 @@ static void NAME(sum_rows)(const REAL *restrict x, const REAL *restrict g, int64
     for (int64_t j = 0; j < planes; j++) {
       REAL value = g[r * planes + j];
       sum[j] += value;
-      product[j] += value * ((x[r * planes + j] - a->center[j]) * a->rstd[j]);
+      REAL x_hat = (x[r * planes + j] - a->center[j]) * a->rstd[j];
+      product[j] = NAME(fma)(value, x_hat, product[j]);
     }
   for (int64_t j = 0; j < planes; j++) {
     gx_sum[j] = (start ? gx_sum[j] : 0) + ((double)product[j] - (double)a->lag[j] * sum[j]);
@@ -608,7 +621,7 @@ static void NAME(sum_rows)(const REAL *restrict x, const REAL *restrict g, int64
 
 /* Every plane's sums of g * x_hat and of g, into to[n, c] and behind all of those; a later part of
  * a plane is added. An inner residual's gradient is g. */
-ONCE void NAME(sum)(const Norm *p, Cut at, double *to) {
+static void NAME(sum)(const Norm *p, Cut at, double *to) {
   REAL bx[PIECE], bg[PIECE];
   int64_t n = at.n, c = at.c;
   double *gx_sum = to + n * p->c + c, *g_sum = gx_sum + p->n * p->c;
@@ -636,7 +649,7 @@ ONCE void NAME(sum)(const Norm *p, Cut at, double *to) {
 }
 
 /* What dx takes off gain * g: the means over a set of that, and of that times x_hat: (sets, 2). */
-ONCE void NAME(average)(const Norm *p, Unit u, double *means) {
+static void NAME(average)(const Norm *p, Unit u, double *means) {
   int64_t own = p->own, sets = u.count / own;
   double *to = means + 2 * set_of(p, u.n0, u.c0);
   memset(to, 0, 2 * sets * sizeof(double));
@@ -653,7 +666,7 @@ ONCE void NAME(average)(const Norm *p, Unit u, double *means) {
   for (int64_t i = 0; i < 2 * sets; i++) to[i] /= values_of(p);
 }
 
-ONCE void NAME(dx)(const Norm *p, Cut at, double *means) {
+static void NAME(dx)(const Norm *p, Cut at, double *means) {
   REAL bx[PIECE], bg[PIECE], bo[PIECE], slope[PIECE], offset[PIECE];
   int64_t n = at.n, c = at.c, planes = at.planes, own = p->own, first = set_of(p, n, c);
   Cut one = first_of(p, at);
@@ -686,9 +699,10 @@ ONCE void NAME(dx)(const Norm *p, Cut at, double *means) {
           for (int64_t i = 0; i < of; i++) dx[k + i] = g[k + i] * a.scale[i];
         else
 #pragma omp simd
-          for (int64_t i = 0; i < of; i++)
-            dx[k + i] = g[k + i] * a.scale[i] + (x[k + i] - a.center[i]) * a.rstd[i] * slope[i] +
-                        offset[i];
+          for (int64_t i = 0; i < of; i++) {
+            REAL x_hat = (x[k + i] - a.center[i]) * a.rstd[i];
+            dx[k + i] = NAME(fma)(g[k + i], a.scale[i], NAME(fma)(x_hat, slope[i], offset[i]));
+          }
     } else {
       for (int64_t j = 0; j < planes; j++) {
         const REAL *xs = x + j * s, *gs = g + j * s;
@@ -700,7 +714,7 @@ ONCE void NAME(dx)(const Norm *p, Cut at, double *means) {
         else
 #pragma omp simd
           for (int64_t i = 0; i < s; i++)
-            to[i] = gs[i] * scale + (xs[i] - mean) * rstd * pull + shift;
+            to[i] = NAME(fma)(gs[i], scale, NAME(fma)((xs[i] - mean) * rstd, pull, shift));
       }
     }
     NAME(store)(p, &p->dx, n, c, start, all, dx);

@@ -159,7 +159,7 @@ MUTANTS = tuple(Mutant(*m) for m in (
     ("native narrow rows", REAL, "a[i] = a[i - at.planes]", "a[i] = a[0]", ROWS),
     ("native gradient in rows", NATIVE, "torch.empty_like(x, dtype=t.dtype).copy_(t)",
      "t.contiguous()", "test_native.py -k channels_last"),
-    ("native silu", REAL, "s * (1 + v * (1 - s))", "s * (1 + v * s)", INST_NATIVE),
+    ("native silu", REAL, "NAME(fma)(v, 1 - s, 1)", "NAME(fma)(v, s, 1)", INST_NATIVE),
     ("native bfloat16 ties", NATIVE_C, "0x7fff + (bits >> 16 & 1)", "0x8000",
      "test_native.py -k ties"),
     ("native cuts", NATIVE_C, "k % chunks * length, c =", "0, c =", "test_native.py -k 'against'"),

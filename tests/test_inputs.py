@@ -102,34 +102,39 @@ def test_a_gradient_of_stride_0(backend, op):
         close(p, q, 1e-10)
 
 
+# Errors of float32 far from 0, in eps: the largest of a call's outputs, beside the largest output,
+# and their root mean square, beside the outputs'. Rounding the exact result leaves up to 0.5 and
+# about 0.25; how much more the other roundings make is luck: over 40 seeds up to 1.2 and 0.6 in
+# native code, 1.6 and 1.0 on Triton, 1.8 and 1.6 composed.
+LIMITS = {"torch": (1.5, 0.75), "triton": (1.75, 1.25), "composed": (2.5, 2.0)}
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("offset", [0, 1, 10, 100, 1e3, 1e4, 1e5, 1e6])
 def test_offsets(backend, op, offset):
-    """Unit variance far from 0: never worse than torch, by far better at large offsets."""
+    """Unit variance far from 0: right to the last places, and where torch is not, closer than it.
+
+    Near 0 torch's error is of the same size, by luck more or less, and another on each processor.
+    """
     ours, theirs = OPS[op]
-    errors, rms = {"ours": [], "torch": []}, {"ours": 0.0, "torch": 0.0}
+    # At 1e4 the squares are multiples of 2^-20, which native code's sums round by halves.
+    most, mean = LIMITS["composed" if backend == "torch" and offset > 1e3 else backend]
+    eps = torch.finfo(torch.float32).eps
+    errors = {"ours": 0.0, "torch": 0.0}
     for seed in range(12 if backend == "torch" else 4):
         torch.manual_seed(seed)
         x = (torch.randn(3, 4, 32, 40).double() + offset).float()
         w, b = torch.randn(3, 4), torch.randn(3, 4)
         oracle = theirs(x.double(), w.double(), b.double())
         with use_backend(backend):
-            made = {"ours": ours(x, w, b), "torch": theirs(x, w, b)}
-        for who, y in made.items():
-            errors[who].append((y - oracle).abs().max())
-            rms[who] += float((y - oracle).square().mean().sqrt())
-    limit = max(errors["torch"])
-    # The largest of all errors is a matter of luck near 0, where both are right to the last place.
-    unit = torch.finfo(torch.float32).eps * float(oracle.abs().max())
-    if op.startswith("conditional") or backend == "composed":
-        limit += 2 * unit
-    elif backend == "torch":
-        limit += unit / 2
-    if backend == "torch":
-        assert rms["ours"] <= rms["torch"]
-    assert max(errors["ours"]) <= limit
-    assert max(errors["ours"]) < 5e-6  # at 1e6 torch's is 1e-2 to 1e-1
+            error = ours(x, w, b) - oracle
+        assert error.square().mean().sqrt() <= mean * eps * oracle.square().mean().sqrt()
+        assert error.abs().max() <= most * eps * oracle.abs().max()
+        for who, e in ("ours", error), ("torch", theirs(x, w, b) - oracle):
+            errors[who] = max(errors[who], float(e.abs().max()))
+    if offset >= 100:  # at 1e6 torch's is 1e-2 to 1e-1
+        assert errors["ours"] < errors["torch"] / 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from benchmarks import timing
 from benchmarks.gpu import right
 from benchmarks.gpu.right import Answer, Combination, Inputs
 from gannorm import functional as G
@@ -192,15 +193,7 @@ def in_a_graph(norm: str, place: Place) -> str:
         y = right.ours(c, t)
         return y, *torch.autograd.grad(y, list(t.leaves().values()), t.dy)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y, *grads = run()
+    graph, (y, *grads) = timing.captured(run, 1)
     with torch.no_grad():
         if not place.rehearsed:  # where a replay does nothing
             t.x.mul_(-0.5).add_(1.0)
