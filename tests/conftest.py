@@ -36,6 +36,14 @@ def the_interpreter_as_a_gpu_rounds():
         yield
 
 
+LONG = ("launch", "trainer", "gpu_command", "native", "ops", "compile", "train", "benchmarks")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first: the processes then end together."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
 FEW = 300  # digits, every fifth of them held out
 
 
