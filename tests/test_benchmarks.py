@@ -231,6 +231,13 @@ def test_a_wrong_network_is_named():
     assert "ours: D is nan" in step.disagreement(first)
 
 
+def test_first_losses_are_losses():
+    """And no shares, which bf16 may move by a whole value of few."""
+    trained = step.Trained("ours", ["model=cyclegan", "model.width=8"], "cpu", synthetic=True)
+    assert {"G_A", "D_A"} <= trained.first.keys()
+    assert not [name for name in trained.first if name.startswith("balance/")]
+
+
 @pytest.mark.parametrize("norm", ["instance", "batch", "conditional_batch", "group", "layer"])
 def test_unfused_layers_compute_the_same(norm: str):
     """With every epilogue that the networks use, through the networks."""

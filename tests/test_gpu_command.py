@@ -59,10 +59,11 @@ def test_every_stage_is_rehearsed(rehearsed):
 
 def test_every_value_of_every_factor_is_rehearsed(rehearsed):
     names = stage(rehearsed[0], "right")["items"]
-    met = {word for name in names if name not in checks.ITEMS for word in name.split()}
+    others = {name for name in names if name.startswith(stages.PUBLISHED)} | checks.ITEMS.keys()
+    met = {word for name in names if name not in others for word in name.split()}
     factors = (right.NORMS, right.DTYPES, right.LAYOUTS, right.PLANS, right.EPILOGUES)
     assert met == {value for factor in factors for value in factor}
-    assert checks.ITEMS.keys() <= names.keys()
+    assert others <= names.keys() and len(others) > len(checks.ITEMS)
 
 
 def test_combinations():
@@ -143,6 +144,51 @@ def test_the_end_of_a_stages_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     engine.run_stage(report, ["hangs", "fine"], line, env, 1, time.monotonic() + 1, 30.0)
     assert report.failed == {"hangs": "cut off at the end of the stage's time"}
     assert report.not_reached == ["fine"] and report.items == {}
+    assert report.faults == {} and command.needed(report) == {}
+
+
+def test_a_worker_that_does_not_begin_is_cut_off_too(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(engine, "GRACE", 0.1)
+    report = engine.Report("right", tmp_path / "right.json", {})
+    line = [sys.executable, "-c", "import time; time.sleep(60)"]
+    began = time.monotonic()
+    engine.run_stage(report, ["a", "b"], line, dict(os.environ), 1, began + 0.3, 30.0)
+    assert time.monotonic() - began < 10
+    assert report.failed == {"a": engine.CUT_OFF} and report.not_reached == ["b"]
+
+
+def test_what_a_killed_worker_started_ends_with_it(tmp_path: Path):
+    """Such as a loader's processes: they hold the pipe that the answers come through."""
+    code = (
+        "import os, subprocess, sys; print('ready', flush=True); "
+        f"child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid)); os.kill(os.getpid(), 9)"
+    )
+    report = engine.Report("right", tmp_path / "right.json", {})
+    engine.run_stage(
+        report, ["a"], [sys.executable, "-c", code], dict(os.environ), 1, time.monotonic() + 30, 2.0
+    )  # fmt: skip
+    assert report.failed.keys() == {"a"}
+    until = time.monotonic() + 10
+    while _alive(int((tmp_path / "pid").read_text())) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not _alive(int((tmp_path / "pid").read_text()))
+
+
+def _alive(number: int) -> bool:
+    stat = Path(f"/proc/{number}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_a_fault_of_the_command_itself_ends_its_stage(tmp_path: Path, monkeypatch):
+    report = engine.Report("right", tmp_path / "right.json", {})
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(engine, "_Worker", full)
+    with pytest.raises(OSError, match="no space left"):
+        engine.run_stage(report, ["a"], [], {}, 1, time.monotonic() + 30, 1.0)
 
 
 def workers(out: Path) -> list[int]:
@@ -198,10 +244,27 @@ def test_requests_that_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_of_an_earlier_command_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    from benchmarks.gpu import whole
+
+    class Trained(Exception):
+        pass
+
+    def train(raw: object, folder: Path) -> None:
+        raise Trained(folder.exists())
+
+    monkeypatch.setattr(whole, "train", train)
+    (tmp_path / "run" / "cyclegan" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(Trained, match="False"):
+        whole.run_run("cyclegan", stages.Context(tmp_path, True))
+
+
 def test_without_hydra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
     monkeypatch.setattr(command, "find_spec", lambda name: None)
+    timing.write({"a card": {}}, tmp_path / "plans.json")  # of an earlier `tuned`, for this `step`
     asked = ["--rehearse", "--stages", "step,run", "--out", str(tmp_path)]
     assert command.main(asked) == 0
+    assert timing.read(tmp_path / "plans.json")
     for name in ("run", "step"):
         assert "hydra-core is not installed" in stage(tmp_path, name)["items"]["all"]["skipped"]
     assert capsys.readouterr().out.count("skipped: hydra-core is not installed; pip install") == 2
@@ -218,7 +281,7 @@ def test_goals(tmp_path: Path):
             "percent_of_copy": {"ours": {"wall": 1.0, "graph_cold": percent}},
         }
 
-    met, slow, *_ = stages.GOALS
+    met, slow, open_, _ = stages.GOALS
     third = cases.Case("instance", (1, 64, 256, 256), "relu")
     items = {
         str(met): {"entries": [entry(met, 10.0, 93.0)]},
@@ -229,6 +292,16 @@ def test_goals(tmp_path: Path):
     report.write()
     assert table.verdict(str(met), report).startswith(f"met  {met}: 93% of copy, eager 3.00x")
     assert table.verdict(str(slow), report).startswith("MISSED")  # behind a peer
+    assert table.verdict(str(open_), report) == f"OPEN  {open_}: not timed"
+    alone, beside = entry(open_, 10.0, 95.0), entry(open_, 12.0, 95.0)
+    del alone["times_us"]["flag-gems"], alone["times_us"]["compile"]
+    del beside["times_us"]["compile"]
+    items[str(open_)] = {"entries": [alone]}
+    expected = f"OPEN  {open_}: 95% of copy, eager 3.00x, compile not timed"
+    assert table.verdict(str(open_), report) == expected
+    items[f"{stages.PEERS}{open_}"] = {"entries": [beside]}
+    found = table.verdict(str(open_), report)
+    assert found.startswith("MISSED") and "flag-gems 0.92x" in found
     context = stages.Context(tmp_path, False)
     assert stages.tuned_items(context) == [str(third)]
     text = table.table([report], {"device": "a card", "versions": {"torch": "1", "triton": "2"}},

@@ -56,6 +56,12 @@ def test_every_candidate_is_a_plan_of_its_own_and_the_formula_is_the_first():
         assert len(found) > 3
 
 
+def test_no_bounds_are_tried_beyond_the_time_but_the_formulas():
+    with use_backend("triton"):
+        best, gain = tune.tune(CASE, DEVICE, NAME, 0.01, within=0.0)
+    assert best == Bounds(launch.HELD, launch.TILE, launch.WAVES, 1.0) and gain == 1.0
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     """Interpreted times decide nothing, so that any gain is one here."""
     monkeypatch.setattr(tune, "GAIN", 0.0)

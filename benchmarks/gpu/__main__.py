@@ -34,6 +34,7 @@ from benchmarks.gpu.table import table
 from gannorm.errors import RequestError, answering_requests
 
 NAMES = [stage.name for stage in STAGES]
+HYDRA = ("hydra", "omegaconf", "antlr4")
 NO_HYDRA = (
     "hydra-core is not installed; pip install hydra-core, or put its wheels on PYTHONPATH "
     "(docs/gpu.md)"
@@ -66,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     ]
     for report in reports:  # those of an earlier run
         report.path.unlink(missing_ok=True)
-    (context.out / "plans.json").unlink(missing_ok=True)
+    if "tuned" in args.stages:
+        (context.out / "plans.json").unlink(missing_ok=True)
     code = 0
     try:
         run_all(reports, args, context)
@@ -84,12 +86,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def needed(report: Report) -> dict[str, str]:
-    """Failures that are faults: not every variant of a training step has to run."""
+    """Failures that are faults: not every variant of a step has to run, and no peer."""
     optional = ("channels_last", "compile")
     return {
         name: why
-        for name, why in report.failed.items()
-        if report.stage != "step" or not name.endswith(optional)
+        for name, why in report.faults.items()
+        if not name.startswith(stages.PEERS)
+        and (report.stage != "step" or not name.endswith(optional))
     }
 
 
@@ -124,7 +127,7 @@ def run_all(reports: list[Report], args: argparse.Namespace, context: Context) -
 def run_one(
     stage: Stage, report: Report, args: argparse.Namespace, context: Context, deadline: float
 ) -> None:
-    if stage.name in ("run", "step") and not find_spec("hydra"):
+    if stage.name in ("run", "step") and not all(map(find_spec, HYDRA)):
         report.items["all"] = {"skipped": NO_HYDRA}
         report.write()
         return
@@ -165,10 +168,13 @@ def surroundings(args: argparse.Namespace) -> dict[str, str]:
 
 def asked(worker: str, args: argparse.Namespace) -> dict[str, Any]:
     """What a worker says of the GPU, which this process leaves alone."""
-    done = subprocess.run(
-        command(worker, args, Path()), env=surroundings(args), input="environment\n",
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            command(worker, args, Path()), env=surroundings(args), input="environment\n",
+            capture_output=True, text=True, check=False, timeout=engine.START,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise RequestError(f"the GPU does not answer in {engine.START:.0f} s") from error
     if done.returncode or not done.stdout:
         raise RequestError(f"the GPU does not answer: {done.stderr.strip()[-300:]}")
     return json.loads(done.stdout.splitlines()[-1])

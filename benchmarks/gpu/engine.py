@@ -10,6 +10,7 @@ import json
 import os
 import queue
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -26,6 +27,7 @@ from benchmarks import timing
 
 START = 120.0  # seconds for a worker to be ready in
 GRACE = 10.0  # that running items are left at their stage's end
+CUT_OFF = "cut off at the end of the stage's time"
 Result = dict[str, Any]
 
 
@@ -51,6 +53,11 @@ class Report:
         found = {name: result.get("wrong", "") for name, result in self.items.items()}
         return {name: words for name, words in found.items() if words}
 
+    @property
+    def faults(self) -> dict[str, str]:
+        """Items without a result, but for those that the end of the time cut off."""
+        return {name: why for name, why in self.failed.items() if why != CUT_OFF}
+
 
 class _Worker:
     """A process that answers a stage's names."""
@@ -63,27 +70,29 @@ class _Worker:
             )  # fmt: skip
         self.ready = False
 
-    def ask(self, name: str, seconds: float) -> tuple[Result | None, str]:
-        """The answer, or None and what became of the process."""
+    def ask(self, name: str, limit: float, until: float) -> tuple[Result | None, str]:
+        """The answer within `limit` seconds, `until` (time.monotonic) at the latest; or None and
+        what became of the process."""
         assert self.process.stdin is not None
         if not self.ready:
-            line, reason = self._line(START)
+            line, reason = self._line(START, until)
             if not line:
-                return None, f"before it began: {reason}"
+                return None, reason if reason == CUT_OFF else f"before it began: {reason}"
             self.ready = True
         try:
             self.process.stdin.write(f"{name}\n".encode())
         except BrokenPipeError:
             return None, self._end()
-        line, reason = self._line(seconds)
+        line, reason = self._line(limit, until)
         return (json.loads(line) if line else None), reason
 
-    def _line(self, seconds: float) -> tuple[bytes, str]:
+    def _line(self, limit: float, until: float) -> tuple[bytes, str]:
         """A line from the process, or an empty one and why."""
         assert self.process.stdout is not None
-        if not select.select([self.process.stdout], [], [], seconds)[0]:
+        left = max(0.0, until - time.monotonic())
+        if not select.select([self.process.stdout], [], [], min(limit, left))[0]:
             self.kill()
-            return b"", f"no answer in {seconds:.0f} s"
+            return b"", CUT_OFF if left < limit else f"no answer in {limit:.0f} s"
         line = self.process.stdout.readline()
         return (line, "") if line.endswith(b"\n") else (b"", self._end())
 
@@ -92,7 +101,9 @@ class _Worker:
         return f"the process died: signal {-code}" if code < 0 else f"the process ended: {code}"
 
     def kill(self) -> None:
-        self.process.kill()
+        """And the processes that it started."""
+        if self.process.returncode is None:  # not waited for yet: the number is still its own
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def close(self) -> None:
@@ -118,7 +129,7 @@ def run_stage(
         todo.put(name)
     log = report.path.with_suffix(".log")
     running: set[_Worker] = set()
-    stopped = threading.Event()
+    stopped, broken = threading.Event(), list[Exception]()
     bar = tqdm(total=len(names), desc=report.stage, unit="item", dynamic_ncols=True)
 
     def note(name: str, result: Result | None, reason: str) -> None:
@@ -146,12 +157,9 @@ def run_stage(
             if worker is None:
                 worker = _Worker(command, environment, log)
                 running.add(worker)
-            left = deadline + GRACE - time.monotonic()
-            result, reason = worker.ask(name, min(limit, left))
+            result, reason = worker.ask(name, limit, deadline + GRACE)
             if stopped.is_set():
                 break
-            if result is None and left < limit and reason.startswith("no answer"):
-                reason = "cut off at the end of the stage's time"
             note(name, result, reason)
             if result is None or result.pop("last", False):
                 worker.kill()
@@ -161,7 +169,15 @@ def run_stage(
             worker.close()
             running.discard(worker)
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(names)))]
+    def guarded() -> None:
+        try:
+            work()
+        except Exception as error:  # of this command's own, such as a full disk
+            broken.append(error)
+
+    threads = [
+        threading.Thread(target=guarded, daemon=True) for _ in range(min(workers, len(names)))
+    ]
     try:
         report.not_reached = list(names)
         report.write()
@@ -175,6 +191,8 @@ def run_stage(
         for worker in list(running):
             worker.kill()
         bar.close()
+    if broken:
+        raise broken[0]
 
 
 def serve(run: Callable[[str], Result]) -> None:

@@ -18,13 +18,14 @@ def table(reports: list[Report], environment: dict[str, Any], context: stages.Co
         skipped = [r["skipped"] for r in report.items.values() if "skipped" in r]
         counts = [f"{len(report.items) - len(skipped)} done", f"{len(report.wrong)} wrong"]
         for number, word in (
-            (len(report.failed), "failed"), (len(skipped), "skipped"),
+            (len(report.faults), "failed"), (len(skipped), "skipped"),
+            (len(report.failed) - len(report.faults), "cut off"),
             (len(report.not_reached), "not reached"),
         ):  # fmt: skip
             counts += [f"{number} {word}"] if number else []
         lines.append(f"\n{report.stage}: {', '.join(counts)}, {report.seconds:.0f} s")
         lines += shortened([f"    WRONG {name}: {why}" for name, why in report.wrong.items()])
-        lines += shortened([f"    FAILED {name}: {why}" for name, why in report.failed.items()])
+        lines += shortened([f"    FAILED {name}: {why}" for name, why in report.faults.items()])
         lines += [f"    skipped: {why}" for why in dict.fromkeys(skipped)]
         lines += SHOW[report.stage](report, context)
     return "\n".join(lines)
@@ -49,9 +50,8 @@ def _losses(steps: list[dict[str, float]]) -> str:
 
 
 def _fast(report: Report, context: stages.Context) -> list[str]:
-    lines = [
-        f"    {verdict(str(case), report)}" for case in stages.GOALS if str(case) in report.items
-    ]
+    goals = [] if context.rehearsed else stages.GOALS
+    lines = [f"    {verdict(str(case), report)}" for case in goals]
     worst = [f"    {percent:.0f}% of copy: {name}" for percent, name in stages.missed(context)[:5]]
     lines += ["    worst against the copy bandwidth, forward + backward:", *worst] if worst else []
     for name, result in report.items.items():
@@ -67,20 +67,40 @@ def _fast(report: Report, context: stages.Context) -> list[str]:
 
 
 def verdict(name: str, report: Report) -> str:
-    """One goal: what was asked, what was measured."""
-    for entry in report.items[name].get("entries", ()):
-        if entry["direction"] != "both":
-            continue
-        times, shares = entry["times_us"], entry["percent_of_copy"]["ours"]
-        protocol = plot.main_protocol(times["ours"])
-        mine, percent = times["ours"][protocol], shares[protocol]
-        ratios = {who: t[protocol] / mine for who, t in times.items() if protocol in t}
-        asked = {"eager": stages.TIMES_EAGER, "compile": stages.TIMES_COMPILE}
-        others = {w: r for w, r in ratios.items() if w not in ("ours", "unconditional")}
-        met = percent >= stages.PERCENT and all(r >= asked.get(w, 1.0) for w, r in others.items())
-        words = ", ".join(f"{w} {r:.2f}x" for w, r in others.items())
-        return f"{'met' if met else 'MISSED'}  {name}: {percent:.0f}% of copy, {words}"
-    return f"wrong  {name}"
+    """One goal: what was asked, what was measured; OPEN where that does not suffice to tell."""
+    asked = {"eager": stages.TIMES_EAGER, "compile": stages.TIMES_COMPILE}
+    own, beside = (_both(report.items.get(n, {})) for n in (name, f"{stages.PEERS}{name}"))
+    if own is None:
+        wrong = report.wrong.get(name)
+        return f"{'wrong' if wrong else 'OPEN'}  {name}: {wrong or 'not timed'}"
+    percent, ratios = _percent(own), _ratios(beside) | _ratios(own)
+    unknown = [who for who in asked if who not in ratios]
+    behind = [who for who, ratio in ratios.items() if ratio < asked.get(who, 1.0)]
+    word = "MISSED" if percent < stages.PERCENT or behind else "OPEN" if unknown else "met"
+    words = [f"{who} {ratio:.2f}x" for who, ratio in ratios.items()]
+    words += [f"{who} not timed" for who in unknown]
+    return f"{word}  {name}: {percent:.0f}% of copy, {', '.join(words)}"
+
+
+def _both(result: dict[str, Any]) -> dict[str, Any] | None:
+    """A case's times forward and backward."""
+    return next((e for e in result.get("entries", ()) if e["direction"] == "both"), None)
+
+
+def _percent(entry: dict[str, Any]) -> float:
+    shares = entry["percent_of_copy"]["ours"]
+    return shares[plot.main_protocol(shares)]
+
+
+def _ratios(entry: dict[str, Any] | None) -> dict[str, float]:
+    """How many times longer the others take that do the same."""
+    if entry is None:
+        return {}
+    times = dict(entry["times_us"])
+    mine = times.pop("ours")
+    times.pop("unconditional", None)
+    protocol = plot.main_protocol(mine)
+    return {who: t[protocol] / mine[protocol] for who, t in times.items() if protocol in t}
 
 
 def _tuned(report: Report, context: stages.Context) -> list[str]:

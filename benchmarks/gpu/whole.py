@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -89,6 +90,7 @@ def run_run(name: str, context: Context) -> Result:
         "trainer.log_every=1", f"trainer.eval_every={steps}", f"trainer.sample_every={steps}",
         f"trainer.checkpoint_every={steps}",
     ]  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier run's: `train` would not overwrite it
     compared = min(COMPARED, steps)
     with initialize_config_dir(str(step.CONF), version_base="1.3"):
         raw, beside = (
