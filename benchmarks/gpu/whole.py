@@ -154,7 +154,9 @@ def disagreement(found: list[dict[str, float]], expected: list[dict[str, float]]
 
 def step_items(context: Context) -> list[str]:
     if context.rehearsed:
-        return [f"{name} {variant}" for name in SMALL for variant in ("fp32", "channels_last")]
+        return [
+            f"{name} {variant}" for name in SMALL for variant in ("fp32", "bf16", "channels_last")
+        ]
     every = [f"{name} {variant}" for variant in VARIANTS for name in RECIPES]
     return [*every, f"{LAST} fp32", f"{LAST} bf16"]
 
