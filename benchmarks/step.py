@@ -209,13 +209,13 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def disagreement(first: dict[str, Losses]) -> str:
+def disagreement(first: dict[str, Losses], agree: float = AGREE) -> str:
     """Which contestant's first losses are not those of the unfused network; empty if all are."""
     return ", ".join(
         f"{who}: {key} is {losses[key]:.4g}, unfused {expected:.4g}"
         for who, losses in first.items()
         for key, expected in first["unfused"].items()
-        if not abs(losses[key] - expected) <= AGREE * max(abs(expected), 0.1)
+        if not abs(losses[key] - expected) <= agree * max(abs(expected), 0.1)
     )
 
 

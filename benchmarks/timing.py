@@ -120,7 +120,7 @@ def time_cuda(
     """Microseconds of a call, for each contestant, by protocol; `failed` takes the reasons."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     buffer = torch.empty(2 * cache, dtype=torch.uint8, device=device)
-    flush = buffer.zero_
+    flush, stream = buffer.zero_, torch.cuda.current_stream()
     flush_time = _replayed(flush)
     times = {}
     for name, run in runs.items():
@@ -143,6 +143,8 @@ def time_cuda(
             else:
                 failed[f"{name}, graph_cold"] = "shorter than what was subtracted"
         except RuntimeError as error:  # not every sequence can be captured
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own current
+            torch.cuda.synchronize()  # raises what has nothing to do with captures
             failed[f"{name}, graph"] = str(error).splitlines()[0]
     return times
 

@@ -145,6 +145,8 @@ def test_the_end_of_a_stages_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert report.failed == {"hangs": "cut off at the end of the stage's time"}
     assert report.not_reached == ["fine"] and report.items == {}
     assert report.faults == {} and command.needed(report) == {}
+    report.stage = "run"  # whose items are few: each is wanted
+    assert command.needed(report).keys() == {"hangs", "fine"}
 
 
 def test_a_worker_that_does_not_begin_is_cut_off_too(tmp_path: Path, monkeypatch):
@@ -223,12 +225,13 @@ def test_killed_at_any_point_it_leaves_valid_results(tmp_path: Path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="POSIX signals")
-def test_interrupted_it_says_what_there_is(tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_says_what_there_is(tmp_path: Path, number: signal.Signals):
     process = start(tmp_path, "--stages", "right")
     while len(timing.read(tmp_path / "right.json").get("items", {})) < 3:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "\nright: " in text and "not reached" in text

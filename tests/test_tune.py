@@ -58,8 +58,19 @@ def test_every_candidate_is_a_plan_of_its_own_and_the_formula_is_the_first():
 
 def test_no_bounds_are_tried_beyond_the_time_but_the_formulas():
     with use_backend("triton"):
-        best, gain = tune.tune(CASE, DEVICE, NAME, 0.01, within=0.0)
+        best, gain, _ = tune.tune(CASE, DEVICE, NAME, 0.01, within=0.0)
     assert best == Bounds(launch.HELD, launch.TILE, launch.WAVES, 1.0) and gain == 1.0
+
+
+def test_a_wrong_plan_is_named_and_not_chosen(monkeypatch):
+    found = iter(["", "dx off by 1", *[""] * 50])
+    monkeypatch.setattr(tune.cases, "wrong", lambda *_: next(found))
+    with use_backend("triton"):
+        best, _, wrong = tune.tune(CASE, DEVICE, NAME, 0.0)
+    assert len(wrong) == 1 and wrong[0].endswith("dx off by 1") and str(best) not in wrong[0]
+    monkeypatch.setattr(tune.cases, "wrong", lambda *_: "y off by 1")
+    with use_backend("triton"), pytest.raises(RuntimeError, match="y off by 1"):
+        tune.tune(CASE, DEVICE, NAME, 0.0)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -80,7 +91,7 @@ def test_times_are_compared_under_one_protocol(monkeypatch):
     found = iter(times)
     monkeypatch.setattr(tune, "clocked", lambda *_: {"ours": next(found)})
     with use_backend("triton"):
-        _, gain = tune.tune(CASE, DEVICE, NAME, 0.0)
+        _, gain, _ = tune.tune(CASE, DEVICE, NAME, 0.0)
     assert gain == 60 / 59
 
 

@@ -15,6 +15,7 @@ interrupted.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -88,6 +89,8 @@ def main(argv: list[str] | None = None) -> int:
 def needed(report: Report) -> dict[str, str]:
     """Failures that are faults: not every variant of a step has to run, and no peer."""
     optional = ("channels_last", "compile")
+    if report.stage == "run":  # two items: what was cut off there is an answer that is missing
+        return report.failed | dict.fromkeys(report.not_reached, "not reached")
     return {
         name: why
         for name, why in report.faults.items()
@@ -135,8 +138,8 @@ def run_one(
     if stage.many:
         workers = 2 if args.rehearse else max(1, min(MOST_WORKERS, (os.cpu_count() or 2) - 1))
     engine.run_stage(
-        report, stage.items(context), command(stage.name, args, context.out), surroundings(args),
-        workers, deadline, stage.limit,
+        report, stage.items(context), command(stage.name, args, context.out),
+        surroundings(args, stage.many), workers, deadline, stage.limit,
     )  # fmt: skip
 
 
@@ -154,13 +157,14 @@ def command(worker: str, args: argparse.Namespace, out: Path) -> list[str]:
     ]
 
 
-def surroundings(args: argparse.Namespace) -> dict[str, str]:
+def surroundings(args: argparse.Namespace, many: bool = False) -> dict[str, str]:
     """A worker's environment; the interpreter is switched on or off before triton is imported."""
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     made = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     made["TRITON_INTERPRET"] = "1" if args.rehearse else "0"
-    made["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # or each of many workers starts a pool of its own
+    if many:  # of which each would start a pool of its own
+        made["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     if args.rehearse:
         made["OMP_NUM_THREADS"] = "1"
     return made
@@ -177,7 +181,10 @@ def asked(worker: str, args: argparse.Namespace) -> dict[str, Any]:
         raise RequestError(f"the GPU does not answer in {engine.START:.0f} s") from error
     if done.returncode or not done.stdout:
         raise RequestError(f"the GPU does not answer: {done.stderr.strip()[-300:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    if "error" in found:
+        raise RequestError(f"the GPU does not answer: {found['error']}")
+    return found
 
 
 # ---- a worker
@@ -212,6 +219,13 @@ def end_with_the_parent(parent: int) -> None:
     os._exit(1)
 
 
+def interrupted(*_: Any) -> None:
+    """SIGTERM ends the command as Ctrl-C does: with the table of what there is."""
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    if "--worker" not in sys.argv:
+        signal.signal(signal.SIGTERM, interrupted)
     with answering_requests():
         sys.exit(main())

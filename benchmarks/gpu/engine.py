@@ -9,6 +9,7 @@ a CUDA error answers and ends, and another one takes over.
 import json
 import os
 import queue
+import re
 import select
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from benchmarks import timing
 
 START = 120.0  # seconds for a worker to be ready in
 GRACE = 10.0  # that running items are left at their stage's end
+SPOILT = re.compile("cuda|cudnn|cublas|accelerator", re.IGNORECASE)  # an error of the device
 CUT_OFF = "cut off at the end of the stage's time"
 Result = dict[str, Any]
 
@@ -104,7 +107,8 @@ class _Worker:
         """And the processes that it started."""
         if self.process.returncode is None:  # not waited for yet: the number is still its own
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps it: go on without
+            self.process.wait(10)
 
     def close(self) -> None:
         """Let the process end by itself, which it does when nothing more can be asked."""
@@ -208,7 +212,7 @@ def serve(run: Callable[[str], Result]) -> None:
             traceback.print_exc()
             words = f"{type(error).__name__}: {error}".strip().splitlines()
             result = {"error": " ".join(words[:2])[:300]}
-            last = "CUDA" in str(error) or type(error).__name__ == "AcceleratorError"
+            last = bool(SPOILT.search(f"{type(error).__name__} {error}"))
         print(json.dumps(result | ({"last": True} if last else {})), file=answers, flush=True)
         if last:
             return

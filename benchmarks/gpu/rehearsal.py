@@ -95,6 +95,7 @@ def standing_in() -> Iterator[None]:
         "stream": lambda stream: nullcontext(),
         "graph": lambda graph: nullcontext(),
         "current_stream": Stream,
+        "set_stream": lambda stream: None,
         "synchronize": lambda device=None: None,
         "get_device_properties": lambda device=None: SimpleNamespace(L2_cache_size=2**16),
         "max_memory_allocated": lambda device=None: 2**20,

@@ -188,13 +188,13 @@ def run_tuned(name: str, context: Context) -> Result:
     known = tune.tuned_cases(True) if context.rehearsed else timed_cases(context)
     case = next(c for c in known if str(c) == name)
     card = timing.device_name(context.device)
-    best, gain = tune.tune(case, context.device, card, 0.05, WITHIN)
+    best, gain, wrong = tune.tune(case, context.device, card, 0.05, WITHIN)
     if gain > tune.GAIN or context.rehearsed:
         path = context.out / "plans.json"
         plans = timing.read(path) or launch.tuned()
         plans.setdefault(card, {})[tune.key(case)] = list(best)
         timing.write(plans, path)
-    return {"key": tune.key(case), "bounds": list(best), "gain": gain}
+    return {"key": tune.key(case), "bounds": list(best), "gain": gain, "wrong": "; ".join(wrong)}
 
 
 @dataclass(frozen=True)
@@ -224,9 +224,9 @@ def _whole(name: str) -> Any:
 
 
 STAGES = (
-    Stage("right", 3.5, 90.0, right_items, run_right, many=True),
-    Stage("run", 1.5, 120.0, *_whole("run")),
-    Stage("fast", 3.5, 90.0, fast_items, run_fast),
-    Stage("tuned", 1.5, 90.0, tuned_items, run_tuned),
+    Stage("right", 3.0, 150.0, right_items, run_right, many=True),
+    Stage("run", 2.5, 120.0, *_whole("run")),
+    Stage("fast", 3.5, 150.0, fast_items, run_fast),
+    Stage("tuned", 1.0, 90.0, tuned_items, run_tuned),
     Stage("step", 2.0, 150.0, *_whole("step")),
 )
