@@ -17,8 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gannorm.config import explain_composition
 from gannorm.errors import RequestError, answering_requests
-from gannorm.study import register
-from gannorm.trainer import run_folder, train
+from gannorm.study.members import register
+from gannorm.training.loop import run_folder, train
 
 CONF = Path(__file__).parent / "conf"
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gannorm import functional
+from gannorm.norms import functional
 
 CLASSES = 10
 EPS = 1e-5

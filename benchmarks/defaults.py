@@ -21,12 +21,12 @@ import torch
 from sklearn.svm import SVC
 from torch import Tensor
 
-from gannorm.checkpoint import flat
+from gannorm.commands.inference import load_task
 from gannorm.data import Source, build_data, fetch_all
 from gannorm.errors import RequestError, answering_requests
-from gannorm.inference import load_task
 from gannorm.metrics.evaluation import in_chunks
 from gannorm.tasks import ClassConditional, CycleGAN, Task
+from gannorm.training.checkpoint import flat
 
 FREE = ("seed", "resume", "data.num_workers", "metrics.cache")  # may differ
 SAMPLES = 1000  # of a class-conditional generator

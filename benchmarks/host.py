@@ -12,8 +12,8 @@ that serve where there is none.
 The parts are measured in a second pass, by clocks around the functions in SPANS; a clock's own
 time is subtracted. Labels are not looked into, as on a GPU. It relies on:
 `triton.runtime.driver.set_active`, a compiled kernel taking its launcher from that driver
-(`launcher_cls`, `utils.load_binary`), `gannorm.backend._runs_on_cpu` and
-`gannorm.functional.check_label_values`.
+(`launcher_cls`, `utils.load_binary`), `gannorm.norms.backend._runs_on_cpu` and
+`gannorm.norms.functional.check_label_values`.
 """
 
 import argparse
@@ -34,16 +34,17 @@ import torch
 
 from benchmarks import cases, timing
 from benchmarks.cases import Case
-from gannorm import functional, native, use_backend
+from gannorm import use_backend
+from gannorm.norms import cpu, functional
 
 # Where time is spent: (module, attribute), innermost clock counts. One that has gone is named in
 # the output.
 SPANS: dict[str, list[tuple[str, str]]] = {
     "checks and reshaping": [
-        ("gannorm.functional", op)
+        ("gannorm.norms.functional", op)
         for op in ("instance_norm", "batch_norm", "group_norm", "conditional_batch_norm")
     ],
-    "Function.apply": [("gannorm.autograd", "NormFunction.apply")],
+    "Function.apply": [("gannorm.norms.autograd", "NormFunction.apply")],
     "autograd's backward": [("torch.autograd", "grad")],
     "launch preparation": [
         ("gannorm.kernels.launch", f"Launches.{name}") for name in ("forward", "backward")
@@ -122,11 +123,11 @@ def stub(launched: Callable[..., None]) -> None:
     """CPU tensors run through the Triton path from here on, as far as the launch."""
     from triton.runtime import driver
 
-    from gannorm import backend
+    from gannorm.norms import backend
 
     driver.set_active(StubDriver(launched))
     if not callable(backend._runs_on_cpu):
-        raise TypeError("gannorm.backend._runs_on_cpu is no function any more")
+        raise TypeError("gannorm.norms.backend._runs_on_cpu is no function any more")
     backend._runs_on_cpu = lambda: True  # what a CUDA tensor is not asked
     functional.check_label_values = lambda *_: None  # what is not done to a CUDA tensor
 
@@ -146,7 +147,7 @@ def _on(who: str) -> Iterator[None]:
         if who != "composed":
             yield
             return
-        refused = mock.patch.object(native, "serves", lambda x: False)
+        refused = mock.patch.object(cpu, "serves", lambda x: False)
         with refused, mock.patch.dict(functional._calls, clear=True):
             yield
 

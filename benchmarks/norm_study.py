@@ -20,10 +20,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from benchmarks.timing import device_name
-from gannorm.checkpoint import flat
 from gannorm.errors import RequestError, answering_requests
 from gannorm.metrics.best import average
-from gannorm.study import FOLDER, LOSS, Member, members
+from gannorm.study.members import FOLDER, LOSS, Member, members
+from gannorm.training.checkpoint import flat
 
 SEEDS = (0, 1, 2)
 COMMANDS = """\

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.norm_study import FIGURES, Figure, Run, Runs, label, spread
-from gannorm.monitor import SMALLEST_TILE
+from gannorm.training.monitor import SMALLEST_TILE
 
 COLOURS = {
     "instance": "tab:blue", "batch": "tab:orange", "group": "tab:green", "layer": "tab:red",

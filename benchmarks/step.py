@@ -35,7 +35,7 @@ from gannorm import BatchNorm2d, ConditionalBatchNorm2d, GroupNorm, InstanceNorm
 from gannorm.config import Config, CycleGANConfig, typed
 from gannorm.data import Batch, batches, build_data
 from gannorm.errors import answering_requests
-from gannorm.layers import NoNorm
+from gannorm.norms.base import NoNorm
 from gannorm.tasks import Task, build_task
 
 CONF = Path(__file__).resolve().parents[1] / "conf"

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import gannorm
-from gannorm import native
 from gannorm.errors import RequestError
+from gannorm.norms import cpu
 
 Run = Callable[[], Any]
 RESULTS = Path(__file__).parent / "results"
@@ -169,7 +169,7 @@ def copy_bandwidth(device: str, quick: bool) -> float:
 def use_device(device: str) -> None:
     """Ready for timings on `device`; RequestError where it is "cuda" and there is no GPU."""
     if device == "cpu":
-        native.keep_memory()
+        cpu.keep_memory()
     if device == "cuda" and not torch.cuda.is_available():
         raise RequestError("--device cuda: torch finds no GPU here; take --device cpu")
 

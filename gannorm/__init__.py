@@ -1,12 +1,10 @@
 """GAN training on Triton normalization kernels.
 
-The norm layers stand here; the ops are in `gannorm.functional`.
+The norm layers stand here; the ops are in `gannorm.norms.functional`.
 """
 
 from typing import Any
 
-from gannorm.conversion import convert
-from gannorm.functional import use_backend
 from gannorm.norms import (
     BatchNorm2d,
     ConditionalBatchNorm2d,
@@ -14,6 +12,8 @@ from gannorm.norms import (
     GroupNorm,
     InstanceNorm2d,
     LayerNorm2d,
+    convert,
+    use_backend,
 )
 
 __version__ = "0.1.0"
@@ -34,7 +34,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """`build_norm`, imported when asked for: it reads configs, and the layers need no Hydra."""
     if name == "build_norm":
-        from gannorm.norm_factory import build_norm
+        from gannorm.models.norm_factory import build_norm
 
         return build_norm
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

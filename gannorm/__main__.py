@@ -7,9 +7,9 @@ import argparse
 import signal
 from pathlib import Path
 
+from gannorm.commands.inference import sample, translate
+from gannorm.commands.inspection import inspect
 from gannorm.errors import answering_requests
-from gannorm.inference import sample, translate
-from gannorm.inspection import inspect
 
 
 def parser() -> argparse.ArgumentParser:

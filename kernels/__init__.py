@@ -3,7 +3,7 @@
 This folder is imported as `gannorm.kernels`, through a symbolic link in the package: `kernels`
 alone is the name of another project's distribution, which a top-level install would overwrite.
 
-`forward` and `backward` have the signatures of `gannorm.reference`'s; `spec.groups` picks the
+`forward` and `backward` have the signatures of `gannorm.norms.composed`'s; `spec.groups` picks the
 statistics: 0 for one channel across the batch, else sets of channels inside each sample.
 """
 

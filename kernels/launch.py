@@ -4,7 +4,7 @@ They take torch's shapes: x (N, C, ...), an affine (C,) or (K, C), all on one de
 `gannorm.functional` has checked them. x is read where it lies if its planes are dense, or if it is
 channels_last; everything else of its size comes and goes in `dense_strides`: channels_last where x
 is, else contiguous. `spec` is any object with groups, eps, activation, negative_slope and
-residual_after_activation (`gannorm.reference.NormSpec`).
+residual_after_activation (`gannorm.norms.composed.NormSpec`).
 
 What a call needs besides its tensors' addresses is worked out once for tensors of one kind (shapes,
 strides, dtypes, device) and kept: `Launches`.

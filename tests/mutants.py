@@ -26,11 +26,16 @@ class Mutant(NamedTuple):
     tests: str
 
 
-REF, FUN, NORMS = "gannorm/reference.py", "gannorm/functional.py", "gannorm/norms.py"
-BASE = "gannorm/layers.py"
-AUTO, CHECKS, CONV = "gannorm/autograd.py", "gannorm/checks.py", "gannorm/conversion.py"
-NATIVE, NATIVE_C, REAL = "gannorm/native.py", "gannorm/native.c", "gannorm/native_real.c"
-BACK, OPS = "gannorm/backend.py", "gannorm/ops.py"
+REF, FUN, NORMS, BASE, AUTO, CHECKS, CONV, BACK, OPS = (
+    f"gannorm/norms/{name}.py"
+    for name in (
+        "composed", "functional", "layers", "base", "autograd", "checks", "convert", "backend",
+        "ops",
+    )
+)  # fmt: skip
+NATIVE, NATIVE_C, REAL = (
+    f"gannorm/norms/cpu/{name}" for name in ("__init__.py", "norm.c", "norm_real.c")
+)
 TILE, LAUNCH = "kernels/tile.py", "kernels/launch.py"
 HELD, SPLIT, LAYOUT = "kernels/held.py", "kernels/split.py", "kernels/layout.py"
 
@@ -165,7 +170,7 @@ MUTANTS = tuple(Mutant(*m) for m in (
     ("native cuts", NATIVE_C, "k % chunks * length, c =", "0, c =", "test_native.py -k 'against'"),
     ("compiled code avoids the kernels", REF, "maybe_current_level() is not None",
      "maybe_current_level() is None", "test_ops.py -k compiled_code"),
-    ("traced code gets native kernels", BACK, "eager and native", "native",
+    ("traced code gets native kernels", BACK, "eager and cpu", "cpu",
      "test_ops.py -k 'without_values'"),
     # the autograd Function
     ("constants in the double backward", AUTO, "given, call.spec)\n            pairs",

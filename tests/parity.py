@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import gannorm
-from gannorm import functional, native
+from gannorm.norms import cpu, functional
 
 # "composed": the composition of torch ops everywhere, also where a CPU has faster kernels.
 BACKENDS = ("torch", "composed", "triton")
@@ -31,7 +31,7 @@ def use_backend(name: str) -> Iterator[None]:
         if name != "composed":
             yield
         else:
-            refused = mock.patch.object(native, "serves", lambda x: False)
+            refused = mock.patch.object(cpu, "serves", lambda x: False)
             with refused, mock.patch.dict(functional._calls, clear=True):
                 yield
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gannorm.augment import color, cutout, diff_augment, translation
 from gannorm.config import Augmentation
+from gannorm.tasks.augment import color, cutout, diff_augment, translation
 
 CHANGES = {"color": color, "translation": translation, "cutout": cutout}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from parity import BACKENDS, leaf, use_backend
 
-from gannorm import functional as G
+from gannorm.norms import functional as G
 
 LABELS = torch.tensor([2, 0, 2])
 EVAL = torch.randn(2).double(), torch.rand(2).double() + 0.5

@@ -5,7 +5,7 @@ import torch
 from parity import BACKENDS, EPILOGUES, TOLERANCE, close, compare, epilogue, leaf, use_backend
 from torch.nn import functional as F
 
-from gannorm import functional as G
+from gannorm.norms import functional as G
 
 SHAPES = [(4, 3, 4, 5), (5, 2), (7, 1, 3, 1), (2, 3, 67, 71), (37, 1, 8, 9)]
 
@@ -178,7 +178,7 @@ def test_empty_batch(backend):
 def test_the_kernel_stays_inside_the_table():
     """On a GPU labels are not read before the launch; one outside gives its sample NaN."""
     from gannorm import kernels
-    from gannorm.reference import NormSpec
+    from gannorm.norms.composed import NormSpec
 
     x, table, labels = torch.randn(4, 3, 5), torch.ones(2, 3), torch.tensor([0, 2, -1, 1])
     y, *_ = kernels.forward(x, table, table, labels, None, None, NormSpec(0, 1e-5))

@@ -15,8 +15,8 @@ import torch
 
 from benchmarks import cases, norms, step, timing
 from benchmarks.cases import Case
-from gannorm import functional
 from gannorm.errors import RequestError
+from gannorm.norms import functional
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)

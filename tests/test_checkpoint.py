@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from gannorm import checkpoint
 from gannorm.errors import RequestError
+from gannorm.training import checkpoint
 
 
 def refusal(path) -> str:

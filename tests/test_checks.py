@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import gannorm
-from gannorm import functional as G
+from gannorm.norms import functional as G
 
 X, LABELS = torch.randn(4, 6, 3, 3), torch.tensor([0, 1, 2, 1])
 TABLE, ROW = torch.ones(3, 6), torch.ones(6)

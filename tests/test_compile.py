@@ -74,7 +74,7 @@ ONCE = [(s, F32, RELU) for s in INTEGERS]  # for one target: these break before 
 def _launch(groups, shape, dtype, e):
     """Forward and backward of one case, through the launchers."""
     from gannorm import kernels
-    from gannorm.reference import NormSpec, stat_dtype
+    from gannorm.norms.composed import NormSpec, stat_dtype
 
     meta = partial(torch.empty, device="meta", dtype=dtype)
     n, c = shape[:2]

@@ -21,7 +21,7 @@ from gannorm.config import SECTIONS, Config, InstanceNormConfig, typed
 from gannorm.data import build_data
 from gannorm.errors import RequestError
 from gannorm.tasks import build_task
-from gannorm.trainer import check_pair, train
+from gannorm.training.loop import check_pair, train
 
 CONF = Path(__file__).parents[1] / "conf"
 CHOICES = [f"{p.parent.name}={p.stem}" for p in sorted(CONF.glob("*/*.yaml"))]

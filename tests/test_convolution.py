@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gannorm.convolution import Conv2d, _Convolution
+from gannorm.models.convolution import Conv2d, _Convolution
 
 CASES = {
     "plain": {"kernel_size": 3, "padding": 1},

@@ -15,11 +15,19 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from tensorboard import default, program
 
-from gannorm.dashboard import FINAL, FIRST, HPARAMS, Dashboard, confusion, environment, layout
 from gannorm.metrics import features
 from gannorm.metrics.evaluation import Judged, Seen
-from gannorm.monitor import Monitor
-from gannorm.trainer import train
+from gannorm.training.dashboard import (
+    FINAL,
+    FIRST,
+    HPARAMS,
+    Dashboard,
+    confusion,
+    environment,
+    layout,
+)
+from gannorm.training.loop import train
+from gannorm.training.monitor import Monitor
 
 CONF = Path(__file__).parents[1] / "conf"
 SMALL = [

@@ -14,7 +14,7 @@ from gannorm.data import fetch_all
 from gannorm.data.digits import digits
 from gannorm.errors import RequestError
 from gannorm.metrics import features
-from gannorm.trainer import train
+from gannorm.training.loop import train
 
 
 @pytest.fixture(scope="module", autouse=True)

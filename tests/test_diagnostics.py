@@ -8,19 +8,19 @@ import torch
 from hydra import compose, initialize_config_dir
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gannorm import diagnostics, trainer
-from gannorm.dashboard import Dashboard
-from gannorm.diagnostics import (
-    Watch,
+from gannorm.diagnostics.faults import (
     balance_faults,
     checkerboard,
     diversity,
-    first_nonfinite,
     polarity,
     sample_faults,
 )
+from gannorm.diagnostics.nonfinite import first_nonfinite
 from gannorm.tasks import Task
-from gannorm.trainer import train
+from gannorm.training import loop, watch
+from gannorm.training.dashboard import Dashboard
+from gannorm.training.loop import train
+from gannorm.training.watch import Watch
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 ROOT = Path(__file__).parents[1]
@@ -46,7 +46,7 @@ def run(folder: Path, model: str, *overrides: str) -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         raw = compose("config", [*MODELS[model], *SHORT, *overrides])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diagnostics, "PATIENCE", PATIENCE)
+        patch.setattr(watch, "PATIENCE", PATIENCE)
         patch.setattr(Dashboard, "show", lambda self, step, judged: None)
         train(raw, folder)
 
@@ -76,14 +76,14 @@ def warned(folder: Path, said: str) -> dict[str, str]:
 
 def broken(monkeypatch, change) -> None:
     """Every task that is trained is changed by `change(task)` first."""
-    build = trainer.build_task
+    build = loop.build_task
 
     def build_broken(*arguments) -> Task:
         task = build(*arguments)
         change(task)
         return task
 
-    monkeypatch.setattr(trainer, "build_task", build_broken)
+    monkeypatch.setattr(loop, "build_task", build_broken)
 
 
 def bias_only(task: Task) -> None:

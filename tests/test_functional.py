@@ -8,10 +8,10 @@ import pytest
 import torch
 from parity import close
 
-from gannorm import functional as G
 from gannorm import use_backend
-from gannorm.backend import module_for
 from gannorm.errors import RequestError
+from gannorm.norms import functional as G
+from gannorm.norms.backend import module_for
 
 X = torch.randn(4, 6, 3, 3)
 LABELS = torch.tensor([0, 1, 2, 1])

@@ -13,12 +13,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
-from gannorm import checkpoint
 from gannorm.__main__ import parser
 from gannorm.config import typed
 from gannorm.errors import answering_requests
 from gannorm.tasks import build_task
-from gannorm.trainer import Run
+from gannorm.training import checkpoint
+from gannorm.training.loop import Run
 
 ROOT = Path(__file__).parents[1]
 CONDITIONAL = [
@@ -143,7 +143,7 @@ def test_truncation_keeps_the_noise_within_it(made, tmp_path, monkeypatch):
         net.averaged["G"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         return net
 
-    monkeypatch.setattr("gannorm.inference.build_task", watched)
+    monkeypatch.setattr("gannorm.commands.inference.build_task", watched)
     spread = {}
     for name, extra in (("all", []), ("within", ["--truncation", 0.5])):
         out = tmp_path / name

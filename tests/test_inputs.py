@@ -5,7 +5,7 @@ import torch
 from parity import BACKENDS, close, use_backend
 from torch.nn import functional as F
 
-from gannorm import functional as G
+from gannorm.norms import functional as G
 
 LABELS = torch.tensor([2, 0, 2])
 

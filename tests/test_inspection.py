@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_inference import CONDITIONAL, TRANSLATION, command, gannorm, make_run, refused
 
-from gannorm import checkpoint
+from gannorm.training import checkpoint
 
 
 def rows(text: str) -> dict[str, list[str]]:

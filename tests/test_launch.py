@@ -5,11 +5,11 @@ import torch
 from parity import close, epilogue, leaf
 from torch.nn import functional as F
 
-from gannorm import functional as G
 from gannorm import use_backend
 from gannorm.kernels import launch
 from gannorm.kernels.launch import plan
 from gannorm.kernels.runner import Kernel
+from gannorm.norms import functional as G
 
 # HELD, TILE, WAVES and GRID that make a plan of each kind out of small shapes.
 KINDS = {

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import gannorm
-from gannorm.layers import NoNorm
+from gannorm.norms.base import NoNorm
 
 KINDS = {
     "instance": lambda **kw: gannorm.InstanceNorm2d(6, affine=True, track_running_stats=True, **kw),

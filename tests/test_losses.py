@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gannorm.config import GanLoss, LossConfig
-from gannorm.losses import (
+from gannorm.tasks.losses import (
     ImagePool,
     discriminator_loss,
     discriminator_objective,

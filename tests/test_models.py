@@ -10,7 +10,7 @@ from gannorm.models import (
     ResBlockGenerator,
     ResnetGenerator,
 )
-from gannorm.norm_factory import NormFactory, build_norm
+from gannorm.models.norm_factory import NormFactory, build_norm
 
 INSTANCE = build_norm(InstanceNormConfig("instance", eps=1e-5, affine=False, weight_init=None))
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gannorm.monitor import Monitor
+from gannorm.training.monitor import Monitor
 
 
 def lines(run_dir):

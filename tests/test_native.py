@@ -9,10 +9,10 @@ import pytest
 import torch
 from parity import EPILOGUES
 
-import gannorm.functional as G
-from gannorm import native, reference
-from gannorm.backend import module_for
-from gannorm.reference import NormSpec
+import gannorm.norms.functional as G
+from gannorm.norms import composed, cpu
+from gannorm.norms.backend import module_for
+from gannorm.norms.composed import NormSpec
 
 # (N, C, S) by what is special about it; 2,048 elements are a piece.
 SHAPES = {
@@ -27,7 +27,7 @@ SHAPES = {
 }
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
-if native.kernels() is None:
+if cpu.kernels() is None:
     pytest.skip("no C compiler here: the reference serves", allow_module_level=True)
 
 
@@ -49,7 +49,7 @@ def call(shape, groups, labelled, keywords, dtype, given=False):
     n, c, _ = shape
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, dy, r = ((torch.randn(shape, dtype=wide) * 2 + 0.5).to(dtype) for _ in range(3))
-    w, b = (torch.randn(3 if labelled else 1, c, dtype=reference.stat_dtype(dtype)) for _ in "wb")
+    w, b = (torch.randn(3 if labelled else 1, c, dtype=composed.stat_dtype(dtype)) for _ in "wb")
     labels = torch.randint(3, (n,)) if labelled else None
     after = keywords.get("residual_after_activation", False)
     activation = keywords.get("activation")
@@ -82,11 +82,11 @@ def test_against_the_reference(shape, layout, dtype, threads):
     for groups, labelled, keywords in product(kinds, (False, True), EPILOGUES):
         for given in (False, True) if groups == 0 else (False,):
             run = call(SHAPES[shape], groups, labelled, keywords, dtype, given)
-            expected = run(reference, torch.Tensor.contiguous, torch.Tensor.double)
+            expected = run(composed, torch.Tensor.contiguous, torch.Tensor.double)
             found = []
             for count in (1, 2):
                 threads(count)
-                found.append(run(native, lay_out, lambda t: t))
+                found.append(run(cpu, lay_out, lambda t: t))
             for one, two, e in zip(*found, expected, strict=True):
                 assert (one is None) == (two is None) == (e is None)
                 if one is not None:
@@ -102,7 +102,7 @@ def test_bfloat16_rounds_ties_to_even_and_keeps_nan():
     spec = NormSpec(0, 0.0)
     for gain in (1.0, 1.00390625, 1.01171875, 3.3e38):  # halfway between two bfloat16, up and down
         w = torch.full((1, 2), gain)
-        y, _ = native.forward(x, w, None, None, None, given, spec)
+        y, _ = cpu.forward(x, w, None, None, None, given, spec)
         torch.testing.assert_close(y, (x.float() * gain).bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -199,8 +199,8 @@ def test_channels_last_is_worked_on_as_it_lies(norm):
         "group": lambda x: G.group_norm(x, 2, w, b, activation="relu"),
         "batch": lambda x: G.batch_norm(x, None, None, w, b, True, activation="relu"),
     }[norm]
-    assert native.takes(x)
-    assert native._dense(x).data_ptr() == native._dense(x, x).data_ptr() == x.data_ptr()
+    assert cpu.takes(x)
+    assert cpu._dense(x).data_ptr() == cpu._dense(x, x).data_ptr() == x.data_ptr()
     dy = torch.randn(5, 6, 7, 9)
     y = op(x)
     (dx,) = torch.autograd.grad(y, x, dy)
@@ -220,7 +220,7 @@ def test_rows_with_values_out_of_range(value, groups):
     x[1, 2, 30:33] = value
     spec = NormSpec(groups, 1e-5)
     (y, stats), (expected, as_planes) = (
-        native.forward(t, None, None, None, None, None, spec) for t in (rows(x), x)
+        cpu.forward(t, None, None, None, None, None, spec) for t in (rows(x), x)
     )
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
     for found, one in zip(stats[[0, 2, 3]], as_planes[[0, 2, 3]], strict=True):
@@ -233,14 +233,12 @@ def test_rows_far_from_zero(groups, dtype):
     torch.manual_seed(0)
     far = torch.randn(3, 6, 500, dtype=dtype) + (1e6 if dtype == torch.float32 else 1e12)
     spec = NormSpec(groups, 1e-5)
-    y, _ = native.forward(rows(far), None, None, None, None, None, spec)
-    expected, _ = reference.forward(
+    y, _ = cpu.forward(rows(far), None, None, None, None, None, spec)
+    expected, _ = composed.forward(
         far.double() - float(far[0, 0, 0]), None, None, None, None, None, spec
     )
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5)
-    constant, _ = native.forward(
-        rows(torch.full_like(far, 0.3)), None, None, None, None, None, spec
-    )
+    constant, _ = cpu.forward(rows(torch.full_like(far, 0.3)), None, None, None, None, None, spec)
     assert torch.equal(constant, torch.zeros_like(constant))
 
 
@@ -249,7 +247,7 @@ def test_long_rows_keep_the_digits_of_the_variance(size):
     torch.manual_seed(0)
     x = torch.randn(2, size, 120) + 50
     x[:, :, :2] = 0  # what the sums are taken around is unlike the rest
-    _, stats = native.forward(rows(x), None, None, None, None, None, NormSpec(size, 1e-5))
+    _, stats = cpu.forward(rows(x), None, None, None, None, None, NormSpec(size, 1e-5))
     expected = x.double().var(2, correction=0)
     assert float((stats[3] / expected - 1).abs().max()) < 3e-6
 
@@ -298,13 +296,13 @@ def test_a_slice_of_the_batch_is_read_in_place():
     x = wide[::2]
     torch.testing.assert_close(G.batch_norm(x, None, None, training=True),
                                G.batch_norm(x.clone(), None, None, training=True))  # fmt: skip
-    assert native._dense(x.flatten(2)).data_ptr() == wide.data_ptr()
+    assert cpu._dense(x.flatten(2)).data_ptr() == wide.data_ptr()
 
 
 def without(tmp_path, **environment):
     """What a fresh process says of a norm of ones with these variables set."""
     code = (
-        "import torch, gannorm.functional as G; from gannorm.backend import module_for\n"
+        "import torch, gannorm.functional as G; from gannorm.norms.backend import module_for\n"
         "x = torch.ones(2, 3, 4, 4)\n"
         "print(module_for(x).__name__, float(G.instance_norm(x).abs().sum()))"
     )
@@ -320,23 +318,23 @@ def python(code, tmp_path, **environment):
 
 def test_without_a_compiler_the_reference_serves(tmp_path):
     said, warned = without(tmp_path, CC="no-such-compiler")
-    assert said == "gannorm.reference 0.0" and "Warning" not in warned
+    assert said == "gannorm.norms.composed 0.0" and "Warning" not in warned
 
 
 def test_a_compiler_that_fails_is_named(tmp_path):
     said, warned = without(tmp_path, CC="false")
-    assert said == "gannorm.reference 0.0"
-    assert "false could not compile native.c" in warned
+    assert said == "gannorm.norms.composed 0.0"
+    assert "false could not compile norm.c" in warned
 
 
 def test_compiled_once_for_each_source(tmp_path, monkeypatch):
     monkeypatch.setenv("GANNORM_CACHE", str(tmp_path / "cache"))
     compiler = ["cc"]
-    first = native._build(compiler)
+    first = cpu._build(compiler)
     made = first.stat().st_mtime_ns
-    assert native._build(compiler) == first and first.stat().st_mtime_ns == made
-    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-DOTHER"))
-    assert native._build(compiler) != first
+    assert cpu._build(compiler) == first and first.stat().st_mtime_ns == made
+    monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-DOTHER"))
+    assert cpu._build(compiler) != first
     assert len(list((tmp_path / "cache").iterdir())) == 2  # and nothing half-made
 
 
@@ -353,20 +351,20 @@ def test_imaginary_parts_and_expanded_gradients():
 
 
 def test_other_kinds_go_to_the_reference():
-    assert module_for(torch.empty(0, 3, 4)).__name__ == "gannorm.reference"
+    assert module_for(torch.empty(0, 3, 4)).__name__ == "gannorm.norms.composed"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert module_for(torch.ones(2, 3, 4)).__name__ == "gannorm.native"
+        assert module_for(torch.ones(2, 3, 4)).__name__ == "gannorm.norms.cpu"
 
 
 def test_memory_is_kept(tmp_path):
     code = (
-        "import resource, torch; from gannorm import native\n"
+        "import resource, torch; from gannorm.norms import cpu\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    torch.empty(2**24).fill_(1)\n"  # 64 MB: 16,384 pages
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "faults(); given_back = faults(); native.keep_memory()\n"
+        "faults(); given_back = faults(); cpu.keep_memory()\n"
         "for _ in range(30): faults()\n"  # until the small blocks in between have their places
         "print(given_back, faults())"
     )

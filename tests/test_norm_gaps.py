@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import gannorm
-from gannorm import functional as G
 from gannorm.kernels.tile import at
+from gannorm.norms import functional as G
 
 FAR = 2**30 + 1024  # twice it is past 2^31
 

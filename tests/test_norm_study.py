@@ -16,9 +16,9 @@ from benchmarks import norm_study
 from benchmarks.norm_study import QUESTIONS, answer, main, read, table
 from benchmarks.norm_study_plots import Sheet
 from gannorm.errors import RequestError
-from gannorm.monitor import Monitor
-from gannorm.study import members, register
-from gannorm.trainer import train
+from gannorm.study.members import members, register
+from gannorm.training.loop import train
+from gannorm.training.monitor import Monitor
 
 SIZES = [each for each in CYCLEGAN if "batch_size" not in each and "steps" not in each]
 LENGTH = ["trainer.steps=4", "trainer.eval_every=2", "metrics.samples=20"]

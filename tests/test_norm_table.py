@@ -13,7 +13,7 @@ from gannorm import (
     InstanceNorm2d,
     LayerNorm2d,
 )
-from gannorm.norm_table import (
+from gannorm.diagnostics.norm_layers import (
     COLUMNS,
     fault,
     gaps,

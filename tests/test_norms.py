@@ -15,8 +15,8 @@ from gannorm.config import (
     NoNormConfig,
     VarEstimator,
 )
-from gannorm.layers import NoNorm
-from gannorm.norm_factory import apply_norm
+from gannorm.models.norm_factory import apply_norm
+from gannorm.norms.base import NoNorm
 
 TWINS = [
     (gannorm.InstanceNorm2d, nn.InstanceNorm2d, (6,), {}),

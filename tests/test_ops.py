@@ -12,8 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import gannorm
-from gannorm import functional as G
-from gannorm import ops, use_backend
+from gannorm import use_backend
+from gannorm.norms import functional as G
+from gannorm.norms import ops
 
 LABELS = torch.tensor([0, 2, 1, 1])
 BACKENDS = ("torch", "triton")

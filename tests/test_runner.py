@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 STUBBED = """
 import torch
 from benchmarks import host
-from gannorm import functional as G
+from gannorm.norms import functional as G
 from gannorm import use_backend
 from triton import knobs
 

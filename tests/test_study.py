@@ -6,9 +6,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_config import CONF, SMALL, build, composed
 
-from gannorm.checkpoint import flat
-from gannorm.study import EVALUATIONS, LOSS, STEPS, members, register
+from gannorm.study.members import EVALUATIONS, LOSS, STEPS, members, register
 from gannorm.tasks import ClassConditional, CycleGAN, build_task
+from gannorm.training.checkpoint import flat
 
 register()
 MEMBERS = members()

@@ -9,8 +9,8 @@ from hydra import compose, initialize_config_dir
 
 from gannorm.config import typed
 from gannorm.data import Batch
-from gannorm.losses import discriminator_loss, generator_loss
 from gannorm.tasks import CycleGAN, Task, build_task
+from gannorm.tasks.losses import discriminator_loss, generator_loss
 
 CONF = Path(__file__).parents[1] / "conf"
 LOSSES = sorted(p.stem for p in (CONF / "loss").glob("*.yaml"))

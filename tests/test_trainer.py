@@ -18,13 +18,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 
-from gannorm import checkpoint
-from gannorm.dashboard import Dashboard
 from gannorm.errors import RequestError
 from gannorm.metrics.evaluation import Judged
-from gannorm.monitor import Monitor
 from gannorm.tasks import ClassConditional, CycleGAN
-from gannorm.trainer import run_folder, train
+from gannorm.training import checkpoint
+from gannorm.training.dashboard import Dashboard
+from gannorm.training.loop import run_folder, train
+from gannorm.training.monitor import Monitor
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 ROOT = Path(__file__).parent.parent

@@ -7,11 +7,11 @@ import torch
 
 from benchmarks import tune
 from benchmarks.cases import Case
-from gannorm import functional as G
 from gannorm import use_backend
 from gannorm.errors import RequestError
 from gannorm.kernels import launch
 from gannorm.kernels.launch import Bounds
+from gannorm.norms import functional as G
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAME = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"

@@ -6,9 +6,9 @@ import torch
 from parity import BACKENDS, use_backend
 
 import gannorm
-from gannorm import functional as G
 from gannorm.config import BatchNormConfig, VarEstimator
 from gannorm.models import resblock
+from gannorm.norms import functional as G
 
 NHWC = (4, 4, 5, 6)  # N == H: one expand_dims too few then broadcasts along rows
 LABELS = np.array([2, 0, 2, 1])

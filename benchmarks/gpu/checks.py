@@ -11,7 +11,7 @@ from torch import Tensor, library
 from benchmarks import timing
 from benchmarks.gpu import right
 from benchmarks.gpu.right import Answer, Combination, Inputs
-from gannorm import functional as G
+from gannorm.norms import functional as G
 
 FAR = 2**30 + 1024  # twice it is past 2^31
 DENSE = (3, 8, 9600, 9600)  # 2.2e9 elements
@@ -96,7 +96,7 @@ def dense(norm: str, place: Place) -> str:
 
 def opcheck(norm: str, place: Place) -> str:
     """The registered operators: schema, fake tensors, autograd (torch.library.opcheck)."""
-    from gannorm import ops
+    from gannorm.norms import ops
 
     c = Combination(norm, epilogue="residual+relu")
     t = right.inputs(c, (*place.shape[:2], 6), place.device)

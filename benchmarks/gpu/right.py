@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gannorm import functional as G
+from gannorm.norms import functional as G
 
 NORMS = (
     "instance", "instance_affine", "conditional_instance", "batch", "conditional_batch", "group",

@@ -22,7 +22,7 @@ from benchmarks.gpu.stages import Context
 from gannorm.config import typed
 from gannorm.data import batches, build_data
 from gannorm.tasks import build_task
-from gannorm.trainer import train
+from gannorm.training.loop import train
 
 STEPS, COMPARED = 60, 5
 BF16 = 0.05  # of first losses, in place of `step.AGREE`: the twin rounds up to three times

@@ -6,9 +6,9 @@ Where a norm has its activation fused in, an `nn.Identity` holds the activation'
 
 from torch import Tensor, nn
 
-from gannorm.convolution import Conv2d
+from gannorm.models.convolution import Conv2d
+from gannorm.models.norm_factory import NormFactory, apply_norm
 from gannorm.models.resblock import add_spectral_norm
-from gannorm.norm_factory import NormFactory, apply_norm
 
 
 class ResnetBlock(nn.Module):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from gannorm.convolution import Conv2d
-from gannorm.norm_factory import NormFactory, apply_norm
+from gannorm.models.convolution import Conv2d
+from gannorm.models.norm_factory import NormFactory, apply_norm
 
 
 def _up(x: Tensor) -> Tensor:

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from gannorm.config import Config, ResBlockGANConfig
 from gannorm.data import Batch, Data
-from gannorm.diagnostics import Probe
+from gannorm.diagnostics.faults import Probe
 from gannorm.errors import RequestError
-from gannorm.losses import generator_loss
 from gannorm.metrics.evaluation import (
     CHUNK,
     Judged,
@@ -22,8 +21,9 @@ from gannorm.metrics.evaluation import (
     suffixed,
 )
 from gannorm.models import ProjectionDiscriminator, ResBlockGenerator
-from gannorm.norm_factory import build_norm
-from gannorm.norms import ConditionalBatchNorm2d, ConditionalInstanceNorm2d
+from gannorm.models.norm_factory import build_norm
+from gannorm.norms.layers import ConditionalBatchNorm2d, ConditionalInstanceNorm2d
+from gannorm.tasks.losses import generator_loss
 from gannorm.tasks.task import Task
 
 SHOWN = 10  # classes and noises in a sample grid, at most

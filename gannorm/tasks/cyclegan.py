@@ -13,9 +13,8 @@ from torch.nn.functional import l1_loss
 
 from gannorm.config import Config, CycleGANConfig
 from gannorm.data import Batch, Data, batches, fetch_all
-from gannorm.diagnostics import Probe
+from gannorm.diagnostics.faults import Probe
 from gannorm.errors import RequestError
-from gannorm.losses import ImagePool, generator_loss, is_penalized
 from gannorm.metrics.evaluation import (
     MOST_GENERATED,
     Judged,
@@ -27,7 +26,8 @@ from gannorm.metrics.evaluation import (
 )
 from gannorm.metrics.similarity import SMALLEST, feature_distance, psnr, ssim
 from gannorm.models import PatchDiscriminator, ResnetGenerator
-from gannorm.norm_factory import build_norm
+from gannorm.models.norm_factory import build_norm
+from gannorm.tasks.losses import ImagePool, generator_loss, is_penalized
 from gannorm.tasks.task import Task
 
 SHOWN = 8  # held-out images of each domain in a sample grid

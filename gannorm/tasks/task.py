@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gannorm.augment import diff_augment
-from gannorm.backend import check_backend, use_backend
 from gannorm.config import Config
 from gannorm.data import Batch, Data
-from gannorm.diagnostics import Probe, measure, norm_faults, sample_faults
+from gannorm.diagnostics.faults import Probe, measure, norm_faults, sample_faults
+from gannorm.diagnostics.norm_layers import gaps, norm_layers
 from gannorm.errors import RequestError
-from gannorm.losses import Judge, discriminator_objective, is_penalized, judged_right
 from gannorm.metrics.evaluation import Judged, Reference
 from gannorm.metrics.standing import renew_statistics
-from gannorm.norm_table import gaps, norm_layers
+from gannorm.norms.backend import check_backend, use_backend
+from gannorm.tasks.augment import diff_augment
+from gannorm.tasks.losses import Judge, discriminator_objective, is_penalized, judged_right
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

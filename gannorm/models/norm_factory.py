@@ -1,7 +1,7 @@
 """Norm layers from a config: `build_norm` turns the `norm` section of one into a `NormFactory`, the
 only thing that the models know of norms.
 
-Apart from `gannorm.norms`, so that the layers can be imported where Hydra is not installed.
+Apart from `gannorm.norms.layers`, so that the layers can be imported where Hydra is not installed.
 """
 
 from dataclasses import dataclass, replace
@@ -17,8 +17,8 @@ from gannorm.config import (
     NoNormConfig,
     NormConfig,
 )
-from gannorm.layers import NoNorm
-from gannorm.norms import (
+from gannorm.norms.base import NoNorm
+from gannorm.norms.layers import (
     BatchNorm2d,
     ConditionalBatchNorm2d,
     ConditionalInstanceNorm2d,

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gannorm import reference
-from gannorm.reference import NormSpec
+from gannorm.norms import composed
+from gannorm.norms.composed import NormSpec
 
 Tensors = tuple[Tensor | None, ...]
 Moments = tuple[Tensor | None, Tensor | None, float]
@@ -48,7 +48,7 @@ class Call(NamedTuple):
                 x, weight, bias, labels, residual, mean, var, (float(momentum), self.bessel)
             )
             if self.running and not self.launches.moves:
-                reference.update_running((mean, var, momentum, self.bessel), stats)
+                composed.update_running((mean, var, momentum, self.bessel), stats)
             return y, stats
         given = (mean, var) if self.given else None
         running = (mean, var, momentum, self.bessel) if self.running and not self.tell else None
@@ -105,7 +105,7 @@ class _NormBackward(torch.autograd.Function):
             dy, x, weight, bias, residual = twins
             assert dy is not None and x is not None
             given = (stats[0], stats[3]) if call.given else None
-            y, _ = reference.forward(x, weight, bias, labels, residual, given, call.spec)
+            y, _ = composed.forward(x, weight, bias, labels, residual, given, call.spec)
             pairs = zip((x, weight, bias, residual), grads, strict=True)
             wanted = [(t, g) for t, g in pairs if t is not None and g is not None]
             first = torch.autograd.grad(y, [t for t, _ in wanted], dy, create_graph=True)
@@ -132,7 +132,7 @@ def _composed_backward(
     leaves = (x, weight, bias, residual)
     with torch.enable_grad():
         given = (stats[0], stats[3]) if call.given else None
-        y, _ = reference.forward(x, weight, bias, labels, residual, given, call.spec)
+        y, _ = composed.forward(x, weight, bias, labels, residual, given, call.spec)
     found = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], dy))
     return tuple(None if t is None else next(found) for t in leaves)
 

@@ -2,7 +2,7 @@
 
 Eager calls do not come here: an operator's dispatch costs more than the kernel's launch. On the
 torch backend the compiler traces the torch ops themselves. Compiled code is differentiable once,
-as all of torch.compile's is; eager code any number of times (`gannorm.autograd`).
+as all of torch.compile's is; eager code any number of times (`gannorm.norms.autograd`).
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from gannorm.reference import NormSpec, stat_dtype
+from gannorm.norms.composed import NormSpec, stat_dtype
 
 
 @library.custom_op("gannorm::norm", mutates_args=())

@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gannorm.checks import (
+from gannorm.norms.checks import (
     ACTIVATIONS,
     DEGENERATE,
     VAR_ESTIMATORS,
     check_choice,
     check_weight_init,
 )
-from gannorm.reference import NormSpec, finish
+from gannorm.norms.composed import NormSpec, finish
 
 SETTINGS = ("weight_init", "var_estimator", "degenerate")  # in the repr where not the default
 

@@ -1,4 +1,4 @@
-/* Every norm on a CPU, forward and backward (see native.py).
+/* Every norm on a CPU, forward and backward (see __init__.py).
  *
  * x is (N, C, S), every sample dense: planes of S elements, or (channels last) rows of C. A set is
  * what shares a mean and a variance: one channel of the batch (groups = 0), or C / groups channels
@@ -219,7 +219,7 @@ static inline double sigmoid_double(double x) { return 1.0 / (1.0 + exp(-x)); }
 #define WIDE double
 #define NAME(name) name##_float
 #define FEW 8
-#include "native_real.c"
+#include "norm_real.c"
 #undef REAL
 #undef WIDE
 #undef OWN
@@ -230,7 +230,7 @@ static inline double sigmoid_double(double x) { return 1.0 / (1.0 + exp(-x)); }
 #define WIDE long double
 #define NAME(name) name##_double
 #define FEW 4
-#include "native_real.c"
+#include "norm_real.c"
 
 int norm_float16(void) {
 #ifdef __FLT16_MANT_DIG__

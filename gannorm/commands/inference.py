@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-from gannorm import checkpoint
 from gannorm.config import Backend, typed
 from gannorm.data.images import list_images, open_image, to_image, to_tensor
 from gannorm.errors import RequestError
 from gannorm.tasks import ClassConditional, CycleGAN, Task, build_task
-from gannorm.trainer import pick_device
+from gannorm.training import checkpoint
+from gannorm.training.loop import pick_device
 
 CHUNK = 64  # samples generated at a time
 

@@ -1,4 +1,4 @@
-/* The part of native.c that depends on the arithmetic: included once for every REAL. */
+/* The part of norm.c that depends on the arithmetic: included once for every REAL. */
 
 /* `count` elements of t from `start` on as REAL: where they lie, or converted into `buffer`. */
 static const REAL *NAME(load)(const Norm *p, const Tensor *t, int64_t n, int64_t c, int64_t start,

@@ -9,8 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gannorm import native, reference
 from gannorm.errors import RequestError
+from gannorm.norms import composed, cpu
 
 BACKENDS = ("auto", "triton", "torch")
 HAS_TRITON = find_spec("triton") is not None
@@ -68,14 +68,14 @@ def check_backend(name: str) -> None:
 
 def module_for(x: Tensor) -> ModuleType:
     """The module whose `forward` and `backward` serve `x`, which is not `transformed`: `kernels`,
-    `native` or `reference`."""
+    `cpu` or `composed`."""
     name = selected()
     if name == "torch" or x.is_meta or (name == "auto" and not x.is_cuda):
         # A compiler fuses the plain composition by itself, and native code needs values to work on.
-        eager = x.is_cpu and reference.is_eager(x)
-        return native if eager and native.serves(x) else reference
+        eager = x.is_cpu and composed.is_eager(x)
+        return cpu if eager and cpu.serves(x) else composed
     if (name == "auto" and not HAS_TRITON) or not x.numel():
-        return reference
+        return composed
     if not x.is_cuda and not torch.compiler.is_compiling() and not _runs_on_cpu():
         raise ValueError(
             f"backend='triton' cannot run on a tensor on {x.device}; move it to a GPU, use backend "

@@ -4,20 +4,15 @@ Every threshold was measured: the two default runs stay clear of it, and a run m
 that way crosses it (`tests/test_diagnostics.py`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from gannorm.monitor import Monitor
-from gannorm.norm_table import Gaps, fault, norm_layers
+from gannorm.diagnostics.norm_layers import Gaps, fault, norm_layers
 
 # In brackets: the worst that three seeds of the two default runs showed, 900 and 600 steps.
-PATIENCE = 100  # steps that a fault must hold before it is reported
 WINS, LOSES = 0.95, 0.5  # shares that a discriminator judges right (0.72; 0.55)
 VANISHING = 1e-3  # norm of the generators' gradient (1.1)
 DIVERSITY = 0.1  # variance of samples, of the real images' of the same class (0.50)
@@ -163,86 +158,3 @@ def norm_faults(networks: Mapping[str, nn.Module], gaps: Gaps) -> dict[str, str]
                 found.append(f"{full}: {wrong}")
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return {"norms": f"a norm fails: {found[0]}{more}" if found else ""}
-
-
-class Watch:
-    """Reports a fault once it has held for PATIENCE steps, and again if it comes back."""
-
-    def __init__(self) -> None:
-        self.since: dict[str, int] = {}  # the step at which a fault was first seen
-        self.reported: dict[str, int] = {}
-
-    def report(self, step: int, faults: Mapping[str, str], monitor: Monitor) -> dict[str, float]:
-        """`health/<name>` for each of the faults: 1 while it is reported, else 0.
-
-        A new one is printed, and is a text in TensorBoard.
-        """
-        health = {}
-        for name, text in faults.items():
-            if not text:
-                self.since.pop(name, None)
-                self.reported.pop(name, None)
-            elif step - self.since.setdefault(name, step) >= PATIENCE:
-                if name not in self.reported:
-                    self.reported[name] = step
-                    tqdm.write(f"warning: step {step}: {text}")
-                    monitor.text(f"health/{name}", text, step)
-            health[f"health/{name}"] = float(name in self.reported)
-        return health
-
-    def state_dict(self) -> dict[str, dict[str, int]]:
-        return {"since": dict(self.since), "reported": dict(self.reported)}
-
-    def load_state_dict(self, state: dict[str, dict[str, int]]) -> None:
-        self.since, self.reported = dict(state["since"]), dict(state["reported"])
-
-
-# ---- NaN and Inf
-
-
-class _Found(Exception):
-    pass
-
-
-def first_nonfinite(networks: Mapping[str, nn.Module], step: Callable[[], Any]) -> str | None:
-    """Where NaN or infinity first appears while `step()` runs, in words; None if nowhere.
-
-    Looks at every module's output on the way forward and at its gradient on the way back. The
-    networks are of no use afterwards.
-    """
-
-    def look(name: str, value: Tensor, backward: bool = False) -> None:
-        if not value.isfinite().all():
-            what = "the gradient that arrives at" if backward else "the output of"
-            raise _Found(f"{what} {name}")
-
-    with _hooked(networks, look):
-        try:
-            step()
-        except _Found as found:
-            return str(found)
-    return None
-
-
-@contextmanager
-def _hooked(networks: Mapping[str, nn.Module], look: Callable[..., None]) -> Iterator[None]:
-    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def forward(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point():
-                look(name, output.detach())
-                if output.requires_grad:
-                    output.register_hook(lambda gradient: look(name, gradient, backward=True))
-
-        return forward
-
-    handles = [
-        module.register_forward_hook(hook(f"{net} {name} ({type(module).__name__})"))
-        for net, network in networks.items()
-        for name, module in network.named_modules()
-        if name
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

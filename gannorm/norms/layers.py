@@ -8,9 +8,9 @@ y = norm(x);  y = norm(x, labels);  y = norm(x, residual=skip)
 import torch
 from torch import Tensor, nn
 
-from gannorm import functional as F
-from gannorm.checks import check_groups, check_layer_input
-from gannorm.layers import BatchLayer, Epilogue, NormLayer
+from gannorm.norms import functional as F
+from gannorm.norms.base import BatchLayer, Epilogue, NormLayer
+from gannorm.norms.checks import check_groups, check_layer_input
 
 Device = torch.device | str | int | None
 

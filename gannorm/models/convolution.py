@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gannorm.reference import transformed
+from gannorm.norms.composed import transformed
 
 
 class _Geometry(NamedTuple):

@@ -1,9 +1,9 @@
 """Every norm in plain torch: the path for machines without a GPU, and the oracle for the kernels.
 
-`forward` and `backward` have the signatures of `gannorm.kernels`' and `gannorm.native`'s, and take
-torch's shapes. Under `torch.no_grad` `forward` works in place on its own temporaries; with grad
-enabled it is a composition of differentiable torch ops, which is where second and higher
-derivatives come from (`gannorm.autograd`).
+`forward` and `backward` have the signatures of those in `gannorm.kernels` and `gannorm.norms.cpu`,
+and take torch's shapes. Under `torch.no_grad` `forward` works in place on its own temporaries; with
+grad enabled it is a composition of differentiable torch ops, which is where second and higher
+derivatives come from (`gannorm.norms.autograd`).
 
 The variance is two-pass around a mean that is itself shifted by the first element of each set:
 a constant plane of any magnitude then normalizes to exactly 0. Tried and dropped: `torch.var_mean`
@@ -235,7 +235,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """(dx, dweight, dbias, g): g is dy behind the activation, the gradient of an inner residual.
 
-    Not differentiable; second derivatives go through `forward` (see `gannorm.autograd`).
+    Not differentiable; second derivatives go through `forward` (see `gannorm.norms.autograd`).
     """
     added = None if residual is None else planes(residual)
     dx, dweight, dbias, g = _backward(

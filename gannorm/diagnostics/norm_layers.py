@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gannorm.norms import (
+from gannorm.norms.layers import (
     BatchNorm2d,
     ConditionalBatchNorm2d,
     ConditionalInstanceNorm2d,

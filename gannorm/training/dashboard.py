@@ -21,12 +21,12 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor, nn
 from torch.utils.tensorboard.summary import hparams
 
+from gannorm.diagnostics.norm_layers import input_statistics, norm_layers
 from gannorm.metrics.best import HIGHER_IS_BETTER, average
 from gannorm.metrics.distances import PRD_SLOPES, precision_recall_curve
 from gannorm.metrics.evaluation import Judged, Reference, Seen, evenly
-from gannorm.monitor import Monitor
-from gannorm.norm_table import input_statistics, norm_layers
 from gannorm.tasks import Task
+from gannorm.training.monitor import Monitor
 
 # Figures with a chart of their own, for each direction: what is looked at first stands first.
 QUALITY = (
@@ -252,7 +252,7 @@ def environment(device: str) -> str:
 
 def _commit() -> str:
     """Of the source tree; a package that was installed without it has none."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():  # an installed package may lie inside another's repository
         return "unknown"
     try:

@@ -5,7 +5,7 @@ from collections import Counter
 
 from torch import nn
 
-from gannorm.norms import BatchNorm2d, GroupNorm, InstanceNorm2d
+from gannorm.norms.layers import BatchNorm2d, GroupNorm, InstanceNorm2d
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: BatchNorm2d,

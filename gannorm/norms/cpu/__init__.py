@@ -1,9 +1,9 @@
-"""The norms on an eager CPU: `native.c`, compiled by the machine's own C compiler at first use.
+"""The norms on an eager CPU: `norm.c`, compiled by the machine's own C compiler at first use.
 
 A norm made of torch ops reads and writes its tensors ten times and more; these kernels read the
 input once, for what they look at again still lies in the cache. Compiling takes about two seconds,
 once for each machine: the library is kept beside the extractors' cache. It shares torch's threads.
-Where there is no compiler, or on another system than Linux, `gannorm.reference` serves.
+Where there is no compiler, or on another system than Linux, `gannorm.norms.composed` serves.
 
 Tried and dropped: torch's own group and batch norm kernels in clever order: up to 5 times slower,
 exact only near 0, and only for float32. `torch.compile` would compile anew for every shape.
@@ -26,10 +26,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gannorm.reference import Given, NormSpec, Running, planes, shaped, stat_dtype, update_running
+from gannorm.norms.composed import (
+    Given,
+    NormSpec,
+    Running,
+    planes,
+    shaped,
+    stat_dtype,
+    update_running,
+)
 
-SOURCE = Path(__file__).with_name("native.c")
-INCLUDED = Path(__file__).with_name("native_real.c")
+SOURCE = Path(__file__).with_name("norm.c")
+INCLUDED = Path(__file__).with_name("norm_real.c")
 FLAGS = (
     *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"),
     "-ffp-contract=off",  # results must not depend on what a compiler fuses: the source says it

@@ -18,16 +18,19 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 import gannorm
-from gannorm import checkpoint, native
 from gannorm.config import Config, typed
-from gannorm.dashboard import Dashboard, environment
 from gannorm.data import Batch, Data, batches, build_data
-from gannorm.diagnostics import Watch, balance_faults, first_nonfinite
+from gannorm.diagnostics.faults import balance_faults
+from gannorm.diagnostics.nonfinite import first_nonfinite
 from gannorm.errors import RequestError
 from gannorm.metrics.best import Best, average, unmeasured
 from gannorm.metrics.evaluation import Judged
-from gannorm.monitor import Monitor
+from gannorm.norms import cpu
 from gannorm.tasks import Task, build_task
+from gannorm.training import checkpoint
+from gannorm.training.dashboard import Dashboard, environment
+from gannorm.training.monitor import Monitor
+from gannorm.training.watch import Watch
 
 BEST = Path("checkpoints") / "best.pt"
 
@@ -135,8 +138,8 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
         )
     say(describe(cfg, task, data, run_dir, start_from, run.step))
     if device.type == "cpu":
-        native.keep_memory()
-        native.kernels()  # compiled now, if ever: not while something is timed
+        cpu.keep_memory()
+        cpu.kernels()  # compiled now, if ever: not while something is timed
 
     # ---- what the figures are held against
     with run.evaluating():

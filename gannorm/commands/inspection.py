@@ -8,16 +8,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from gannorm import study
+from gannorm.commands.inference import load_task
 from gannorm.config import Config, explain_composition, typed
 from gannorm.data import build_data
+from gannorm.diagnostics.norm_layers import AVERAGED, gaps, render, table
 from gannorm.errors import RequestError
-from gannorm.inference import load_task
-from gannorm.norm_table import AVERAGED, gaps, render, table
+from gannorm.study import members
 from gannorm.tasks import ClassConditional, Task, build_task
-from gannorm.trainer import check_pair
+from gannorm.training.loop import check_pair
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 def inspect(what: list[str]) -> None:
@@ -65,7 +65,7 @@ def _of_config(overrides: list[str]) -> Task:
 
 
 def _composed(overrides: list[str]) -> DictConfig:
-    study.register()
+    members.register()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return compose("config", overrides)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gannorm.reference import has_values
+from gannorm.norms.composed import has_values
 
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
 DEGENERATE = ("raise", "beta")

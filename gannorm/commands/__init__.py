@@ -1,0 +1,1 @@
+"""What the command lines do with a trained model."""

@@ -1,0 +1,1 @@
+"""What goes wrong with GANs and their norms, measured while they train."""

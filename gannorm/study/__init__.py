@@ -1,0 +1,1 @@
+"""The norm study: every norm in both tasks."""
