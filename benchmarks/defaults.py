@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -130,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
             if task.num_classes is None:
                 print(f"without labels, left out: {folder}", file=sys.stderr)
                 continue
-            config = flat(asdict(task.cfg))
+            config = flat(task.cfg.model_dump())
             other, expected = first.setdefault(name, (folder, config))
             for key in sorted(config.keys() | expected.keys()):
                 a, b = expected.get(key), config.get(key)

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from benchmarks.timing import device_name
 from gannorm.errors import RequestError, answering_requests
-from gannorm.metrics.best import average
+from gannorm.metrics.figures import average
 from gannorm.study.members import FOLDER, LOSS, Member, members
 from gannorm.training.checkpoint import flat
 

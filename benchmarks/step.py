@@ -32,10 +32,11 @@ from tqdm import tqdm
 
 from benchmarks import timing
 from gannorm import BatchNorm2d, ConditionalBatchNorm2d, GroupNorm, InstanceNorm2d
-from gannorm.config import Config, CycleGANConfig, typed
+from gannorm.config import typed
 from gannorm.data import Batch, batches, build_data
 from gannorm.errors import answering_requests
 from gannorm.norms.base import NoNorm
+from gannorm.schema import Config, CycleGANConfig
 from gannorm.tasks import Task, build_task
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -195,7 +196,7 @@ def measure(
         "name": name,
         "data": "random images" if synthetic else task.cfg.data.name,
         "batch": task.cfg.data.batch_size,
-        "precision": task.cfg.trainer.precision.name,
+        "precision": task.cfg.trainer.precision,
         "first_losses": {who: run.first for who, run in trained.items()},
         "peak_bytes": {who: run.peak_bytes for who, run in trained.items()},
         "parts_ms": medians,

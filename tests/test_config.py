@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -16,12 +16,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from gannorm import config
-from gannorm.config import SECTIONS, Config, InstanceNormConfig, typed
-from gannorm.data import build_data
+from gannorm import config, schema
+from gannorm.config import TABLES, typed
+from gannorm.data import DATA, build_data
 from gannorm.errors import RequestError
-from gannorm.tasks import build_task
-from gannorm.training.loop import check_pair, train
+from gannorm.models.norm_factory import NORMS
+from gannorm.schema import Config, InstanceNormConfig, Section
+from gannorm.tasks import TASKS, build_task
+from gannorm.training.loop import train
+from gannorm.training.request import check_pair
 
 CONF = Path(__file__).parents[1] / "conf"
 CHOICES = [f"{p.parent.name}={p.stem}" for p in sorted(CONF.glob("*/*.yaml"))]
@@ -84,11 +87,13 @@ def test_an_experiment_has_what_it_says_and_the_command_line_wins(path: Path):
 
 
 def test_the_schema_knows_exactly_the_files():
-    for group, kinds in SECTIONS.items():
-        assert {p.stem for p in (CONF / group).glob("*.yaml")} == set(kinds)
+    for key, table in TABLES.items():
+        group, _, field = key.partition(".")
+        if field == "name":
+            assert {p.stem for p in (CONF / group).glob("*.yaml")} == set(table)
 
 
-@pytest.mark.parametrize("norm", sorted(SECTIONS["norm"]))
+@pytest.mark.parametrize("norm", NORMS)
 def test_both_resblocks_take_every_norm(norm: str):
     raw = composed("model=resblock_gan", f"norm={norm}", *SMALL)
     for raw.model.block in ("preact", "postact"):
@@ -197,7 +202,7 @@ def test_a_removed_key_is_missing_not_unknown(key: str):
         "trainer.sample_every=0", "trainer.checkpoint_every=0", "trainer.keep_checkpoints=0",
         "optim.lr_d=-1.0", "optim.lr_g=nan", "optim.lr_d=inf", "optim.beta1=1.0", "optim.beta2=1.5",
         "optim.ema_decay=2.0", "optim.ema_start=-1", "optim.decay_from=1.1", "optim.d_steps=0",
-        "optim.clip_norm=0.0", "seed=-1", "seed=4294967296",
+        "optim.clip_norm=0.0", "seed=-1", "seed=4294967296", "trainer.steps=True",
         "data.batch_size=0", "data.image_size=0", "data.num_workers=-1",
         "data.channels=2", "model.width=0", "model.d_width=0", "model.blocks=-1",
         "metrics.samples=0", "metrics.standing_batches=-1", "metrics.patience=0",
@@ -270,11 +275,12 @@ RESBLOCK = [
 ]  # fmt: skip
 
 
-def schema() -> list[type]:
-    """The classes that a run's config is made of."""
-    sections = [kind for kinds in SECTIONS.values() for kind in kinds.values()]
-    plain = [config.LossConfig, config.OptimConfig, config.TrainerConfig, config.MetricsConfig]
-    return [Config, *plain, *sections]
+def classes() -> list[type[Section]]:
+    """Of the schema, without those that only others are made of."""
+    found = [kind for kind in vars(schema).values() if isinstance(kind, type)]
+    bases = {Section, schema.ModelConfig, schema.NormConfig, schema.DataConfig}
+    own = [each.config for table in (NORMS, DATA, TASKS) for each in table.values()]
+    return list({k for k in [*found, *own] if issubclass(k, Section) and k not in bases})
 
 
 @contextmanager
@@ -285,18 +291,18 @@ def recorded() -> Iterator[set[tuple[str, str]]]:
 
     def read(self: object, name: str) -> object:
         file = sys._getframe(1).f_code.co_filename
-        if file.startswith(home) and file != config.__file__:
+        if file.startswith(home) and file not in (config.__file__, schema.__file__):
             reads.add((type(self).__name__, name))
         return object.__getattribute__(self, name)
 
     with pytest.MonkeyPatch.context() as patch:
-        for kind in schema():
+        for kind in classes():
             patch.setattr(kind, "__getattribute__", read)
         yield reads
 
 
 def dead(reads: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    keys = {(kind.__name__, field.name) for kind in schema() for field in fields(kind)}
+    keys = {(kind.__name__, field) for kind in classes() for field in kind.model_fields}
     return keys - reads
 
 
@@ -332,7 +338,7 @@ def run_everything(root: Path) -> None:
         train(composed(*CYCLEGAN, "data=folder_pair", *pair, *missing), root / "d")
     assert not (root / "d").exists()
     train(composed(*RESBLOCK, *mnist), root / "c")
-    for norm in SECTIONS["norm"]:
+    for norm in NORMS:
         model = RESBLOCK if norm.startswith("conditional") else CYCLEGAN
         build(composed(*model, f"norm={norm}"))
 
@@ -351,20 +357,11 @@ def test_every_key_is_read(reads: set[tuple[str, str]]):
     assert not dead(reads)
 
 
-def test_every_class_of_the_schema_is_looked_at():
-    defined = {
-        kind for kind in vars(config).values() if isinstance(kind, type) and is_dataclass(kind)
-    }
-    bases = {config.NormConfig, config.DataConfig}
-    assert defined - bases == set(schema())
-
-
 def test_a_dead_key_is_found(monkeypatch: pytest.MonkeyPatch):
-    @dataclass
     class WithDeadKey(InstanceNormConfig):
         unread: int = 0
 
-    monkeypatch.setitem(SECTIONS["norm"], "instance", WithDeadKey)
+    monkeypatch.setitem(NORMS, "instance", replace(NORMS["instance"], config=WithDeadKey))
     with recorded() as reads:
         cfg = build(composed(*CYCLEGAN, "+norm.unread=3"))
     assert cfg.norm.unread == 3

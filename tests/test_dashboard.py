@@ -16,9 +16,10 @@ from PIL import Image
 from tensorboard import default, program
 
 from gannorm.metrics import features
-from gannorm.metrics.evaluation import Judged, Seen
+from gannorm.metrics.evaluation import Evaluation
+from gannorm.metrics.figures import FIGURES
+from gannorm.metrics.observations import Observations
 from gannorm.training.dashboard import (
-    FINAL,
     FIRST,
     HPARAMS,
     Dashboard,
@@ -30,6 +31,7 @@ from gannorm.training.loop import train
 from gannorm.training.monitor import Monitor
 
 CONF = Path(__file__).parents[1] / "conf"
+FINAL = [name for name, figure in FIGURES.items() if figure.compared]
 SMALL = [
     "trainer.steps=4", "trainer.log_every=1", "trainer.eval_every=2", "trainer.sample_every=4",
     "metrics.samples=40",
@@ -212,7 +214,9 @@ def test_a_chart_has_what_was_logged_alone():
 
 def test_confusion_counts_by_the_class_asked_for():
     asked, read = torch.tensor([0, 0, 0, 0, 2]), torch.tensor([0, 0, 0, 1, 2])
-    seen = Seen(torch.zeros(5, 1), torch.zeros(5, 1008), read, asked)  # logits of another network
+    seen = Observations(
+        torch.zeros(5, 1), torch.zeros(5, 1008), read, asked
+    )  # logits of another network
     figure = confusion(seen, 3)
     axes = figure.axes[0]
     numbers = [text.get_text() for text in axes.texts]
@@ -227,10 +231,14 @@ def test_a_run_without_references_shows_what_it_can(tmp_path):
     class Bare:
         averaged = discriminators = {}
 
+        @property
+        def task(self):
+            return self
+
         def pictures(self):
             return {}
 
     monitor = Monitor(tmp_path, 0)
     monitor.scalars(1, {"loss/G": 1.0})
-    Dashboard(monitor, Bare(), {}).show(1, Judged({}))
+    Dashboard(monitor, Bare(), {}).show(1, Evaluation({}))
     monitor.close()

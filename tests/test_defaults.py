@@ -4,14 +4,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from digit_data import digit_data
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from test_train import CYCLEGAN, RESBLOCK, ROOT
 
 from benchmarks.defaults import main, read_right, reader, table
-from gannorm.config import DigitsConfig
 from gannorm.data import fetch_all
-from gannorm.data.digits import digits
 from gannorm.errors import RequestError
 from gannorm.metrics import features
 from gannorm.training.loop import train
@@ -35,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_outsider_reads_real_digits_and_no_others():
-    data = digits(DigitsConfig(name="digits", image_size=8, channels=1, batch_size=1))
+    data = digit_data(size=8)
     test = fetch_all(data.test[0])
     svm = reader(data.real[0])
     assert read_right(svm, test["image"], test["label"]) > 0.97

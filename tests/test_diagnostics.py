@@ -47,7 +47,7 @@ def run(folder: Path, model: str, *overrides: str) -> None:
         raw = compose("config", [*MODELS[model], *SHORT, *overrides])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(watch, "PATIENCE", PATIENCE)
-        patch.setattr(Dashboard, "show", lambda self, step, judged: None)
+        patch.setattr(Dashboard, "show", lambda self, step, evaluation: None)
         train(raw, folder)
 
 

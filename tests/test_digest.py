@@ -1,11 +1,12 @@
 """The same content, the same word; any other content, another."""
 
 import torch
+from digit_data import digit_data
 from PIL import Image
 
-from gannorm.config import DigitsConfig, FolderConfig
 from gannorm.data import Data, build_data
 from gannorm.data.digest import digest
+from gannorm.schema import FolderConfig
 
 
 def test_digest(tmp_path):
@@ -34,16 +35,27 @@ def words(data: Data) -> list[str]:
 
 def test_embedded_data():
     for name in ("digits", "digits_m"):
-        first = words(build_data(DigitsConfig(name, 32, 3, 32, 0)))
-        assert first == words(build_data(DigitsConfig(name, 32, 3, 7, 2)))  # the same images
-        assert not set(first) & set(words(build_data(DigitsConfig(name, 16, 3, 32, 0))))
-        assert not set(first) & set(words(build_data(DigitsConfig(name, 32, 1, 32, 0))))
-        data = build_data(DigitsConfig(name, 32, 3, 32, 0))
+        first = words(digit_data(name, 32, 3))
+        assert first == words(digit_data(name, 32, 3, 7, 2))  # the same images
+        assert not set(first) & set(words(digit_data(name, 16, 3)))
+        assert not set(first) & set(words(digit_data(name, 32, 1)))
+        data = digit_data(name, 32, 3)
         assert data.real[0] is data.domains[0] and data.test[0] is not data.real[0]
 
 
 def folder(root, flip=True, size=8, name="image_folder"):
-    return build_data(FolderConfig(name, size, 3, 2, 0, str(root), 10, flip))
+    return build_data(
+        FolderConfig(
+            name=name,
+            image_size=size,
+            channels=3,
+            batch_size=2,
+            num_workers=0,
+            root=str(root),
+            load_size=10,
+            flip=flip,
+        )
+    )
 
 
 def test_folders(tmp_path):

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from digit_data import digit_data
 from standin import inception_weights
 
-from gannorm.config import DigitsConfig, ExtractorName, MetricsConfig
 from gannorm.data import build_data, fetch_all
 from gannorm.data.digits import _Tensors
 from gannorm.metrics import evaluation
 from gannorm.metrics.distances import fid
-from gannorm.metrics.evaluation import Reference, Seen, build_references, evenly
+from gannorm.metrics.evaluation import ReferenceSet, build_references, evenly
+from gannorm.metrics.observations import Observations
+from gannorm.schema import DigitsConfig, MetricsConfig
 
 CPU = torch.device("cpu")
 CACHE = Path(os.environ["GANNORM_CACHE"])
@@ -20,19 +22,19 @@ CACHE = Path(os.environ["GANNORM_CACHE"])
 
 def config(**changes) -> MetricsConfig:
     values = {
-        "extractor": ExtractorName["embedded"], "weights": None, "samples": None,
-        "standing_batches": 0, "best": None, "patience": None, "cache": str(CACHE),
+        "extractor": "embedded", "weights": None, "samples": None,
+        "standing_batches": 0, "best": "fid", "patience": None, "cache": str(CACHE),
     }  # fmt: skip
     return MetricsConfig(**{**values, **changes})
 
 
 @pytest.fixture(scope="module")
 def data():
-    return build_data(DigitsConfig("digits", 32, 1, 32, 0))
+    return digit_data()
 
 
 @pytest.fixture(scope="module")
-def reference(data) -> Reference:
+def reference(data) -> ReferenceSet:
     return build_references(config(), data, CPU)[0]
 
 
@@ -41,7 +43,7 @@ def held_out(data):
     return fetch_all(data.test[0])
 
 
-def figures(reference: Reference, images, labels) -> dict[str, float]:
+def figures(reference: ReferenceSet, images, labels) -> dict[str, float]:
     seen = reference.observe(images, labels)
     return reference.compare(seen) | reference.compare_classes(seen)
 
@@ -105,14 +107,14 @@ def test_samples_set_the_counts(data):
 
 def test_without_held_out_images_the_training_ones_are_split(data, reference):
     source = data.real[0]
-    halves = Reference(source, source, reference.extractor, reference.reader, CPU, CACHE)
+    halves = ReferenceSet(source, source, reference.extractor, reference.reader, CPU, CACHE)
     assert len(halves.real) == 719 and len(halves.held_out) == halves.count == 718
     assert halves.compare(halves.held_out)["fid"] > 0.1
     assert halves.protocol()["floor"] == "718 every other training image"
 
 
 def test_unlabelled_images_have_no_embedded_figures(data):
-    data = build_data(DigitsConfig("digits", 32, 1, 32, 0))
+    data = digit_data()
     data.num_classes = None
     assert build_references(config(), data, CPU) == []
 
@@ -128,8 +130,8 @@ def test_what_was_seen_is_kept_by_content(data, reference, monkeypatch, tmp_path
 
     monkeypatch.setattr(_Tensors, "fetch", counted)
 
-    def reference_of(source) -> Reference:
-        return Reference(source, source, reference.extractor, reference.reader, CPU, tmp_path)
+    def reference_of(source) -> ReferenceSet:
+        return ReferenceSet(source, source, reference.extractor, reference.reader, CPU, tmp_path)
 
     first = reference_of(source)
     assert made == [40]
@@ -159,9 +161,7 @@ def test_inception_beside_a_reader(data, monkeypatch):
             return images.flatten(1)[:, ::50] + self.bias, images.flatten(1)[:, :5]
 
     monkeypatch.setattr(evaluation, "Inception", Stand)
-    both = build_references(config(extractor=ExtractorName["inception"], weights="0.5"), data, CPU)[
-        0
-    ]
+    both = build_references(config(extractor="inception", weights="0.5"), data, CPU)[0]
     real = both.compare(both.held_out)
     assert real["accuracy"] > 0.95 and both.protocol()["extractor"] == "a stand-in"
     assert both.real.features.shape[1] == 21
@@ -169,13 +169,13 @@ def test_inception_beside_a_reader(data, monkeypatch):
 
 def test_unlabelled_images_are_measured_by_inception(data, held_out, tmp_path):
     """The real thing, from a weights file to the figures; 2048 features of 14 images."""
-    few = build_data(DigitsConfig("digits", 32, 1, 32, 0))
+    few = digit_data()
     for sources in (few.domains, few.real):
         sources[0] = _Tensors(data.real[0].images[:7], data.real[0].labels[:7])
     few.test[0] = _Tensors(held_out["image"][:7], held_out["label"][:7])
     few.num_classes = None
     weights = str(inception_weights(tmp_path / "w.pth"))
-    cfg = config(extractor=ExtractorName["inception"], weights=weights, cache=str(tmp_path))
+    cfg = config(extractor="inception", weights=weights, cache=str(tmp_path))
     (reference,) = build_references(cfg, few, CPU)
     assert reference.real.features.shape == (7, 2048) and reference.reader is None
     found = reference.compare(reference.held_out)
@@ -192,15 +192,21 @@ def test_evenly():
 
 
 def test_seen():
-    a = Seen(torch.zeros(2, 3), torch.zeros(2, 4), None, torch.tensor([1, 2]))
-    both = Seen.joined([a, a[1:]])
-    assert len(both) == 3 and both.read is None and both.labels.tolist() == [1, 2, 2]
+    a = Observations(torch.zeros(2, 3), torch.zeros(2, 4), None, torch.tensor([1, 2]))
+    both = Observations.joined([a, a[1:]])
+    assert len(both) == 3 and both.predicted is None and both.labels.tolist() == [1, 2, 2]
 
 
 @pytest.mark.parametrize("name", ["digits", "digits_m", "nothing held out"])
 def test_the_nearest_image_to_a_training_image_is_itself(name, monkeypatch):
     """Even where a patch of a photograph is drawn behind each digit."""
-    cfg = DigitsConfig("digits_m" if name == "digits_m" else "digits", 32, 1, 32, 0)
+    cfg = DigitsConfig(
+        name="digits_m" if name == "digits_m" else "digits",
+        image_size=32,
+        channels=1,
+        batch_size=32,
+        num_workers=0,
+    )
     data = build_data(cfg)
     if name == "nothing held out":
         data.test = data.real

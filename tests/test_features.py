@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from digit_data import digit_data
 from standin import inception_weights
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from gannorm.config import DigitsConfig
-from gannorm.data import build_data, fetch_all
+from gannorm.data import fetch_all
 from gannorm.errors import RequestError
 from gannorm.metrics import features
 from gannorm.metrics.features import FEATURES, Inception, cached, embedded, train_embedded
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def data():
-    return build_data(DigitsConfig("digits", 32, 1, 32, 0))
+    return digit_data()
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from gannorm.config import typed
 from gannorm.errors import answering_requests
 from gannorm.tasks import build_task
 from gannorm.training import checkpoint
-from gannorm.training.loop import Run
+from gannorm.training.run import Run
 
 ROOT = Path(__file__).parents[1]
 CONDITIONAL = [

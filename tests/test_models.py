@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from gannorm.config import BatchNormConfig, InstanceNormConfig, NoNormConfig
 from gannorm.models import (
     PatchDiscriminator,
     ProjectionDiscriminator,
@@ -11,16 +10,19 @@ from gannorm.models import (
     ResnetGenerator,
 )
 from gannorm.models.norm_factory import NormFactory, build_norm
+from gannorm.schema import BatchNormConfig, InstanceNormConfig, NoNormConfig
 
-INSTANCE = build_norm(InstanceNormConfig("instance", eps=1e-5, affine=False, weight_init=None))
+INSTANCE = build_norm(
+    InstanceNormConfig(name="instance", backend="auto", eps=1e-5, affine=False, weight_init=None)
+)
 
 
 def batch(conditional: bool = False, weight_init: list[float] | None = None) -> NormFactory:
-    from gannorm.config import VarEstimator
-
     name = "conditional_batch" if conditional else "batch"
-    unbiased = VarEstimator["unbiased"]
-    config = BatchNormConfig(name, None, 1e-5, True, weight_init, 0.1, unbiased, 1.0)
+    config = BatchNormConfig(
+        name=name, backend="auto", eps=1e-5, affine=True, weight_init=weight_init, momentum=0.1,
+        var_estimator="unbiased", running_var_init=1.0,
+    )  # fmt: skip
     return build_norm(config, 10)
 
 
@@ -68,7 +70,9 @@ def test_convolutions_have_a_bias_exactly_without_an_affine_behind_them():
     net = ResnetGenerator(3, 3, batch(), width=4, blocks=1)
     assert "model.1.bias" not in net.state_dict()
     assert "model.18.bias" in net.state_dict()  # the last one
-    none = ResnetGenerator(3, 3, build_norm(NoNormConfig("none")), width=4, blocks=1)
+    none = ResnetGenerator(
+        3, 3, build_norm(NoNormConfig(name="none", backend="auto")), width=4, blocks=1
+    )
     assert "model.1.bias" in none.state_dict()
 
 

@@ -7,16 +7,15 @@ from torch import nn
 
 import gannorm
 from gannorm import ConditionalBatchNorm2d, ConditionalInstanceNorm2d, build_norm
-from gannorm.config import (
+from gannorm.models.norm_factory import apply_norm
+from gannorm.norms.base import NoNorm
+from gannorm.schema import (
     BatchNormConfig,
     GroupNormConfig,
     InstanceNormConfig,
     LayerNormConfig,
     NoNormConfig,
-    VarEstimator,
 )
-from gannorm.models.norm_factory import apply_norm
-from gannorm.norms.base import NoNorm
 
 TWINS = [
     (gannorm.InstanceNorm2d, nn.InstanceNorm2d, (6,), {}),
@@ -151,21 +150,21 @@ def test_groups_that_do_not_divide_are_refused(groups):
         gannorm.GroupNorm(2.0, 6)
 
 
-EPS = {"eps": 1e-3, "affine": True, "weight_init": None}
-RUNNING = {"momentum": 0.3, "var_estimator": VarEstimator["biased"], "running_var_init": 1.0}
+EPS = {"backend": "auto", "eps": 1e-3, "affine": True, "weight_init": None}
+RUNNING = {"momentum": 0.3, "var_estimator": "biased", "running_var_init": 1.0}
 BATCH = {**EPS, **RUNNING}
 
 
 @pytest.mark.parametrize(
     "config,kind",
     [
-        (InstanceNormConfig("instance", **EPS), gannorm.InstanceNorm2d),
-        (BatchNormConfig("batch", **BATCH), gannorm.BatchNorm2d),
-        (GroupNormConfig("group", num_groups=4, **EPS), gannorm.GroupNorm),
-        (LayerNormConfig("layer", **EPS), gannorm.LayerNorm2d),
-        (NoNormConfig("none"), NoNorm),
-        (InstanceNormConfig("conditional_instance", **EPS), ConditionalInstanceNorm2d),
-        (BatchNormConfig("conditional_batch", **BATCH), ConditionalBatchNorm2d),
+        (InstanceNormConfig(name="instance", **EPS), gannorm.InstanceNorm2d),
+        (BatchNormConfig(name="batch", **BATCH), gannorm.BatchNorm2d),
+        (GroupNormConfig(name="group", num_groups=4, **EPS), gannorm.GroupNorm),
+        (LayerNormConfig(name="layer", **EPS), gannorm.LayerNorm2d),
+        (NoNormConfig(name="none", backend="auto"), NoNorm),
+        (InstanceNormConfig(name="conditional_instance", **EPS), ConditionalInstanceNorm2d),
+        (BatchNormConfig(name="conditional_batch", **BATCH), ConditionalBatchNorm2d),
     ],
 )
 def test_build_norm(config, kind):
@@ -189,9 +188,9 @@ def test_start_values_of_a_config(name):
     """Of every layer a factory makes, a conditional norm's unconditional ones too."""
     start = {**EPS, "weight_init": [0.5, 0.0]}
     config = (
-        GroupNormConfig(name, num_groups=4, **start)
+        GroupNormConfig(name=name, num_groups=4, **start)
         if name == "group"
-        else BatchNormConfig(name, **{**BATCH, **start, "running_var_init": 0.25})
+        else BatchNormConfig(name=name, **{**BATCH, **start, "running_var_init": 0.25})
     )
     factory = build_norm(config, 3)
     for layer in (factory(8), factory.unconditional()(8)):
@@ -201,4 +200,4 @@ def test_start_values_of_a_config(name):
 
 def test_conditional_norm_needs_classes():
     with pytest.raises(ValueError, match="conditional_batch"):
-        build_norm(BatchNormConfig("conditional_batch", **BATCH))
+        build_norm(BatchNormConfig(name="conditional_batch", **BATCH))

@@ -6,8 +6,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_config import CONF, SMALL, build, composed
 
+from gannorm.models.norm_factory import NORMS
 from gannorm.study.members import EVALUATIONS, LOSS, STEPS, members, register
-from gannorm.tasks import ClassConditional, CycleGAN, build_task
+from gannorm.tasks import build_task
 from gannorm.training.checkpoint import flat
 
 register()
@@ -17,11 +18,12 @@ MEMBERS = members()
 def test_members_are_every_norm_a_task_takes_and_the_mistakes():
     found = [(m.model, m.norm, m.batch_size) for m in MEMBERS.values() if not m.mistake]
     assert len(found) == len(set(found)) == 17
-    for model, task, sizes in (
-        ("cyclegan", CycleGAN, {1, 16}), ("resblock_gan", ClassConditional, {16}),
+    plain = {name for name, norm in NORMS.items() if norm.unconditional is None}
+    for model, norms, sizes in (
+        ("cyclegan", plain, {1, 16}), ("resblock_gan", NORMS, {16}),
     ):  # fmt: skip
         mine = {(norm, size) for name, norm, size in found if name == model}
-        assert mine == {(norm, size) for norm in task.admitted_norms for size in sizes}
+        assert mine == {(norm, size) for norm in norms for size in sizes}
     mistakes = {m.mistake: m for m in MEMBERS.values() if m.mistake}
     assert set(mistakes) == {"gamma_0", "moving_var_0"} and len(MEMBERS) == 19
     assert {m.norm for m in mistakes.values()} == {"conditional_batch"}

@@ -10,8 +10,8 @@ from torch import nn
 from gannorm.config import typed
 from gannorm.data import build_data, fetch_all
 from gannorm.metrics.similarity import HIGHEST
-from gannorm.tasks import ClassConditional, CycleGAN, build_task
-from gannorm.tasks.class_conditional import mixed, slerp
+from gannorm.tasks import TASKS, build_task
+from gannorm.tasks.class_conditional_evaluator import mixed, slerp
 
 CONF = Path(__file__).parents[1] / "conf"
 CPU = torch.device("cpu")
@@ -25,9 +25,7 @@ def prepared(model: str, *overrides: str):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = typed(compose("config", [f"model={model}", *SMALL[model], *overrides]))
     data = build_data(cfg.data)
-    task = build_task(cfg, CPU, data.num_classes)
-    task.prepare_evaluation(data)
-    return task, data
+    return TASKS[model].evaluator(build_task(cfg, CPU, data.num_classes), data), data
 
 
 class Lookup(nn.Module):
@@ -47,11 +45,10 @@ def translation():
 
 
 def test_a_perfect_translation_measures_as_the_real_images(translation):
-    task, data = translation
-    assert isinstance(task, CycleGAN)
+    evaluator, data = translation
     a, b = (fetch_all(source)["image"] for source in data.test)
-    found = task.judge({"G_A": Lookup(a, b), "G_B": Lookup(b, a)}, brief=False).figures
-    reference = task.reference_figures()
+    found = evaluator.measure({"G_A": Lookup(a, b), "G_B": Lookup(b, a)}, brief=False).figures
+    reference = evaluator.reference_figures()
     for way in ("AtoB", "BtoA"):
         assert found[f"psnr_{way}"] == HIGHEST and found[f"feature_distance_{way}"] < 1e-9
         assert found[f"ssim_{way}"] == pytest.approx(1)
@@ -64,9 +61,9 @@ def test_a_perfect_translation_measures_as_the_real_images(translation):
 
 
 def test_no_translation_measures_as_untranslated(translation):
-    task, _ = translation
-    found = task.judge({"G_A": nn.Identity(), "G_B": nn.Identity()}, brief=False).figures
-    reference = task.reference_figures()
+    evaluator, _ = translation
+    found = evaluator.measure({"G_A": nn.Identity(), "G_B": nn.Identity()}, brief=False).figures
+    reference = evaluator.reference_figures()
     untranslated = {k for k in reference if k.endswith("_untranslated")}
     assert len(untranslated) == 22  # two ways, 8 figures of sets and 3 of pairs
     for name in untranslated:
@@ -80,34 +77,34 @@ def test_no_translation_measures_as_untranslated(translation):
 def test_each_way_back_has_its_own_error(translation):
     """A generator of A that destroys its images: what comes back of both domains is wrong, and
     only the translations to A."""
-    task, data = translation
+    evaluator, data = translation
     a, b = (fetch_all(source)["image"] for source in data.test)
 
     class Grey(nn.Module):
         def forward(self, images):
             return torch.zeros_like(images)
 
-    found = task.judge({"G_A": Lookup(a, b), "G_B": Grey()}, brief=False).figures
+    found = evaluator.measure({"G_A": Lookup(a, b), "G_B": Grey()}, brief=False).figures
     assert found["cycle_l1_A"] == pytest.approx(float(a.abs().mean()), rel=1e-5)
     assert found["psnr_AtoB"] == HIGHEST and found["psnr_BtoA"] < 10
     assert found["accuracy_AtoB"] > 0.9 and found["accuracy_BtoA"] < 0.2
     assert found["fid_BtoA"] > 10 * found["fid_AtoB"]
-    brief = task.judge({"G_A": Lookup(a, b), "G_B": Grey()}, brief=True).figures
+    brief = evaluator.measure({"G_A": Lookup(a, b), "G_B": Grey()}, brief=True).figures
     assert brief == {k: v for k, v in found.items() if "cycle" not in k}
 
 
 def test_the_protocol_says_how_many_were_translated(translation):
-    task, _ = translation
+    evaluator, _ = translation
     for samples, expected in ((None, 360), (50, 50), (1000, 360)):
-        task.cfg.metrics.samples = samples
-        found = task.protocol()
-        task.cfg.metrics.samples = None
+        evaluator.cfg.metrics.samples = samples
+        found = evaluator.protocol()
+        evaluator.cfg.metrics.samples = None
         assert [found[domain]["generated"] for domain in "AB"] == [expected, expected]
         assert found["A"]["floor"] == "360 held-out images" and found["data"] == "digits_m"
 
 
 def test_batches_of_a_domain_renew_its_generators_statistics():
-    task, data = prepared("cyclegan", "norm=batch", "metrics.standing_batches=3")
+    evaluator, data = prepared("cyclegan", "norm=batch", "metrics.standing_batches=3")
     seen: dict[str, list] = {"G_A": [], "G_B": []}
 
     class Recorder(nn.Module):
@@ -119,11 +116,11 @@ def test_batches_of_a_domain_renew_its_generators_statistics():
             seen[self.name].append(x)
 
     for name, domain in (("G_A", 0), ("G_B", 1)):
-        for forward in task.standing_forwards(name, Recorder(name), 3):
+        for forward in evaluator.standing_forwards(name, Recorder(name), 3):
             forward()
         images = torch.cat(seen[name])
         assert images.shape == (24, 3, 32, 32)
-        labels = task.references[domain].reader(images)[1].softmax(1).amax(1)
+        labels = evaluator.references[domain].reader(images)[1].softmax(1).amax(1)
         assert labels.mean() > 0.8  # images of the domain, which its classifier reads with ease
     assert not torch.equal(seen["G_A"][0], seen["G_B"][0])
 
@@ -154,27 +151,29 @@ class Gallery(nn.Module):
 
 
 def test_real_images_measure_as_real_ones(generation):
-    task, data = generation
-    assert isinstance(task, ClassConditional)
+    evaluator, data = generation
     batch = fetch_all(data.test[0])
-    found = task.judge({"G": Gallery(batch["image"], batch["label"])}, brief=False).figures
-    real = task.reference_figures()
+    found = evaluator.measure({"G": Gallery(batch["image"], batch["label"])}, brief=False).figures
+    real = evaluator.reference_figures()
     assert set(real) == {f"{name}_real" for name in found}
     assert found["accuracy"] > 0.95 and found["coverage"] > real["coverage_real"] - 0.05
     assert found["fid"] < 1.5 * real["fid_real"]
     assert found["class_fid"] < 1.5 * real["class_fid_real"]
 
-    other = task.judge({"G": Gallery(batch["image"], batch["label"], shift=1)}, brief=False).figures
+    other = evaluator.measure(
+        {"G": Gallery(batch["image"], batch["label"], shift=1)}, False
+    ).figures
     assert other["accuracy"] < 0.05 and other["class_fid"] > 5 * found["class_fid"]
     assert other["fid"] == pytest.approx(found["fid"], rel=0.2)
 
 
 def test_evaluation_is_of_copies(generation):
-    task, _ = generation
+    evaluator, _ = generation
+    task = evaluator.task
     before = {k: v.clone() for k, v in task.generators["G"].state_dict().items()}
     assert task.generators["G"].training
-    first = task.evaluate(task.generators).figures
-    assert task.evaluate(task.generators).figures == first  # the same noise
+    first = evaluator.evaluate(task.generators).figures
+    assert evaluator.evaluate(task.generators).figures == first  # the same noise
     assert task.generators["G"].training
     assert all(torch.equal(v, before[k]) for k, v in task.generators["G"].state_dict().items())
 
@@ -191,7 +190,8 @@ def test_between_two_noises_length_is_kept():
 @pytest.mark.parametrize("norm", ["conditional_batch", "conditional_instance", "group"])
 def test_mixed_classes(norm):
     """A mixture of one class alone is that class; others lie between. The original stays."""
-    task, _ = prepared("resblock_gan", f"norm={norm}", "model.g_spectral_norm=true")
+    evaluator, _ = prepared("resblock_gan", f"norm={norm}", "model.g_spectral_norm=true")
+    task = evaluator.task
     net = task.generators["G"].eval()
     for name, parameter in net.named_parameters():
         if parameter.shape[0] == 10 and "conv" not in name:

@@ -151,7 +151,7 @@ def test_relativistic_pairs_have_one_class():
     assert figures["G"] == generator_loss(fake_logits, "relativistic", real_logits)
 
 
-def test_both_translations_are_judged_by_their_own_domain():
+def test_both_translations_are_told_apart_by_their_own_domain():
     task = build("cyclegan", "loss=rpgan", "loss.r1=0", "loss.r2=0", "model.pool_size=0")
     ((a, b),) = data(task)
     seen = {name: [] for name in task.discriminators}

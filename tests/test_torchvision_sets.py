@@ -12,13 +12,24 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from gannorm.config import TorchvisionConfig
 from gannorm.data import build_data, fetch_all
 from gannorm.errors import RequestError
+from gannorm.schema import TorchvisionConfig
 
 
 def torchvision(name, root, size, channels, flip=False, download=False):
-    return build_data(TorchvisionConfig(name, size, channels, 2, 0, str(root), download, flip))
+    return build_data(
+        TorchvisionConfig(
+            name=name,
+            image_size=size,
+            channels=channels,
+            batch_size=2,
+            num_workers=0,
+            root=str(root),
+            download=download,
+            flip=flip,
+        )
+    )
 
 
 def generator(seed: int = 0) -> torch.Generator:

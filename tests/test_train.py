@@ -195,7 +195,7 @@ CASES = {
     "trainer.stepz=3": ["trainer.stepz", "did you mean trainer.steps?"],
     "model.z_dim=3": ["model.z_dim"],
     "trainer.steps=many": ["trainer.steps", "many"],
-    "trainer.steps=0": ["trainer.steps=0", "positive"],
+    "trainer.steps=0": ["trainer.steps=0", "must be greater than 0"],
     "norm=conditional_batch": ["norm=conditional_batch", "cyclegan", NO_CONDITIONAL],
     "norm=conditional_instance": ["norm=conditional_instance", "cyclegan", NO_CONDITIONAL],
     "data=digits": ["data=digits", "cyclegan", "choose data= digits_m, folder_pair"],

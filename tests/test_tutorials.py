@@ -6,9 +6,9 @@ import torch
 from parity import BACKENDS, use_backend
 
 import gannorm
-from gannorm.config import BatchNormConfig, VarEstimator
 from gannorm.models import resblock
 from gannorm.norms import functional as G
+from gannorm.schema import BatchNormConfig
 
 NHWC = (4, 4, 5, 6)  # N == H: one expand_dims too few then broadcasts along rows
 LABELS = np.array([2, 0, 2, 1])
@@ -207,8 +207,8 @@ def test_res_block(rng, monkeypatch, in_channels):
     """conv3, cbn, lrelu twice, plus the input, or conv1, cbn, lrelu of it where channels change."""
     monkeypatch.setattr(resblock, "_up", lambda x: x)
     config = BatchNormConfig(
-        "conditional_batch", eps=EPS, affine=True, weight_init=None, momentum=0.1,
-        var_estimator=VarEstimator["biased"], running_var_init=1.0,
+        name="conditional_batch", backend="auto", eps=EPS, affine=True, weight_init=None,
+        momentum=0.1, var_estimator="biased", running_var_init=1.0,
     )  # fmt: skip
     block = resblock.PostactBlock(in_channels, 5, gannorm.build_norm(config, 3)).double()
     names = ["1", "2"] if in_channels == 5 else ["1", "2", "shortcut"]

@@ -124,7 +124,7 @@ def first_losses(raw: Any, steps: int) -> list[dict[str, float]]:
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(cfg.seed)
     data = build_data(cfg.data)
-    task = build_task(cfg, torch.device(cfg.trainer.device.name), data.num_classes)
+    task = build_task(cfg, torch.device(cfg.trainer.device), data.num_classes)
     loader = batches(
         data.domains, batch_size=cfg.data.batch_size, start=0,
         stop=steps * task.batches_per_step, seed=cfg.seed,

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-from gannorm.config import Backend, typed
+from gannorm.config import typed
 from gannorm.data.images import list_images, open_image, to_image, to_tensor
 from gannorm.errors import RequestError
 from gannorm.tasks import ClassConditional, CycleGAN, Task, build_task
 from gannorm.training import checkpoint
-from gannorm.training.loop import pick_device
+from gannorm.training.request import pick_device
 
 CHUNK = 64  # samples generated at a time
 
@@ -33,7 +33,7 @@ def load_task(path: Path, model: str | None = None) -> Task:
             f"{file} holds a {cfg.model.name}, this command needs a {model}; "
             "sample is for class-conditional models, translate for image translation"
         )
-    cfg.norm.backend = Backend["auto"]  # how the run computed, not what it learned
+    cfg.norm.backend = "auto"  # how the run computed, not what it learned
     task = build_task(cfg, pick_device("auto"), state["num_classes"])
     task.load_state_dict(state["task"])
     return task

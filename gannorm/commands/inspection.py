@@ -9,13 +9,13 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from gannorm.commands.inference import load_task
-from gannorm.config import Config, explain_composition, typed
-from gannorm.data import build_data
+from gannorm.config import explain_composition, typed
+from gannorm.data import DATA, build_data
 from gannorm.diagnostics.norm_layers import AVERAGED, gaps, render, table
 from gannorm.errors import RequestError
 from gannorm.study import members
-from gannorm.tasks import ClassConditional, Task, build_task
-from gannorm.training.loop import check_pair
+from gannorm.tasks import TASKS, ClassConditional, Task, build_task
+from gannorm.training.request import check_pair
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -40,12 +40,12 @@ def inspect(what: list[str]) -> None:
         averaged = {f"{AVERAGED}{name}": net for name, net in task.averaged.items()}
     else:
         task, averaged = _of_config(overrides), {}
-    with gaps(averaged) as found, torch.no_grad(), task.norm_backend():
+    with gaps(averaged) as gap_of, torch.no_grad(), task.norm_backend():
         if averaged and isinstance(task, ClassConditional):
             labels = torch.arange(task.cfg.data.batch_size, device=task.device)
             noise = torch.randn(len(labels), task.model.z_dim, device=task.device)
             task.averaged["G"](noise, labels % (task.num_classes or 1))
-    rows = table({**task.networks, **averaged}, task.norm_inputs(), found)
+    rows = table({**task.networks, **averaged}, task.norm_inputs(), gap_of)
     cfg = task.cfg
     size = cfg.data.image_size
     print(
@@ -61,7 +61,10 @@ def _of_config(overrides: list[str]) -> Task:
         raise RequestError(f"there are no config files in {CONF}; run this in the source tree")
     cfg = typed(_composed(overrides))
     check_pair(cfg)
-    return build_task(cfg, torch.device("cpu"), _classes(cfg))
+    classes = DATA[cfg.data.name].num_classes  # without a download, where it is known
+    if TASKS[cfg.model.name].task.needs_labels and classes is None:
+        classes = build_data(cfg.data).num_classes
+    return build_task(cfg, torch.device("cpu"), classes)
 
 
 def _composed(overrides: list[str]) -> DictConfig:
@@ -71,10 +74,3 @@ def _composed(overrides: list[str]) -> DictConfig:
             return compose("config", overrides)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise RequestError(explain_composition(error, CONF)) from error
-
-
-def _classes(cfg: Config) -> int | None:
-    """As the data would say, without a download."""
-    if cfg.model.name == "cyclegan":
-        return None
-    return build_data(cfg.data).num_classes if cfg.data.name == "image_folder" else 10

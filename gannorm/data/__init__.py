@@ -1,55 +1,48 @@
-"""Training data: what a batch is, and how batch number k is made.
+"""Training data: the sets a config can name, and their batches.
 
-Batch k of a run is a pure function of (source, seed, k): which samples, in which order, with
-which augmentation. A resumed run therefore continues with exactly the batches that it would have
-seen, with any number of worker processes, and there is no sampler state to save but the step.
+A data set of one's own is an entry more: `DATA["mine"] = DataSet(config, load, tasks)`, and a file
+`conf/data/mine.yaml` with the values of its config.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-
-from gannorm.config import DataConfig, DigitsConfig, FolderConfig, TorchvisionConfig
+from gannorm.data.batches import batches, fetch_all
 from gannorm.data.digits import digits, digits_m
 from gannorm.data.folders import folder_pair, image_folder
+from gannorm.data.source import Batch, Data, Source
 from gannorm.data.torchvision_sets import torchvision_set
-from gannorm.errors import RequestError
+from gannorm.schema import DataConfig, DigitsConfig, FolderConfig, TorchvisionConfig
 
-Batch = dict[str, Tensor]
-
-
-class Source(Protocol):
-    """Samples by index. `fetch` may draw on the generator alone for its randomness."""
-
-    def __len__(self) -> int: ...
-
-    def fetch(self, index: list[int], generator: torch.Generator) -> Batch: ...
-
-    def digest(self) -> str:
-        """A word for the content: of all that `fetch` depends on but its arguments."""
-        ...
+__all__ = ["DATA", "Batch", "Data", "DataSet", "Source", "batches", "build_data", "fetch_all"]
 
 
-@dataclass
-class Data:
-    """A data set: images float32 (N, C, S, S) in [-1, 1].
+@dataclass(frozen=True)
+class DataSet:
+    """A data set that a config can name.
 
-    domains: the training sources; one with keys "image" and "label" (class-conditional models),
-        or two with key "image" (translation: A, then B).
-    test: the held-out part, the same keys, never augmented; for `digits_m` both domains carry
-        labels, and B[i] is the true translation of A[i]. Where nothing is held out, `real`'s.
-    real: the training images without augmentation, which samples are measured against.
+    Attributes:
+        config: the class of its section.
+        load: from that config to the data; raises RequestError for files that cannot be had.
+        tasks: the models that it can train.
+        num_classes: where it is known before the files are.
     """
 
-    domains: list[Source]
-    test: list[Source]
-    real: list[Source]
+    config: type[DataConfig]
+    load: Callable[[Any], Data]
+    tasks: tuple[str, ...]
     num_classes: int | None = None
-    counterparts: bool = False  # test B[i] is the true translation of test A[i]
+
+
+DATA: dict[str, DataSet] = {
+    "digits": DataSet(DigitsConfig, digits, ("resblock_gan",), 10),
+    "digits_m": DataSet(DigitsConfig, digits_m, ("cyclegan",), 10),
+    "folder_pair": DataSet(FolderConfig, folder_pair, ("cyclegan",)),
+    "image_folder": DataSet(FolderConfig, image_folder, ("resblock_gan",)),
+    "cifar10": DataSet(TorchvisionConfig, torchvision_set, ("resblock_gan",), 10),
+    "mnist": DataSet(TorchvisionConfig, torchvision_set, ("resblock_gan",), 10),
+}
 
 
 def build_data(cfg: DataConfig) -> Data:
@@ -58,79 +51,4 @@ def build_data(cfg: DataConfig) -> Data:
     Raises:
         RequestError: files that are missing or unreadable, a download that fails.
     """
-    if isinstance(cfg, FolderConfig):
-        return folder_pair(cfg) if cfg.name == "folder_pair" else image_folder(cfg)
-    if isinstance(cfg, TorchvisionConfig):
-        return torchvision_set(cfg)
-    assert isinstance(cfg, DigitsConfig)
-    return digits(cfg) if cfg.name == "digits" else digits_m(cfg)
-
-
-class _Stream(Dataset):
-    """Batch k, for any k: every domain's samples in an order of its own, reshuffled each epoch."""
-
-    def __init__(self, domains: list[Source], batch_size: int, seed: int) -> None:
-        self.domains, self.batch_size, self.seed = domains, batch_size, seed
-        self.orders: dict[int, tuple[int, list[int]]] = {}
-
-    def _index(self, domain: int, position: int) -> int:
-        epoch, offset = divmod(position, len(self.domains[domain]))
-        if self.orders.get(domain, (-1,))[0] != epoch:
-            generator = _generator(self.seed, domain, epoch)
-            order = torch.randperm(len(self.domains[domain]), generator=generator).tolist()
-            self.orders[domain] = (epoch, order)
-        return self.orders[domain][1][offset]
-
-    def __getitem__(self, k: int) -> list[Batch] | RequestError:
-        start = k * self.batch_size
-        batch = []
-        for d, source in enumerate(self.domains):
-            index = [self._index(d, p) for p in range(start, start + self.batch_size)]
-            try:
-                batch.append(source.fetch(index, _generator(self.seed, d, -1 - k)))
-            except RequestError as error:  # raised by a worker it would arrive as a traceback
-                return error
-        return batch
-
-
-def _generator(*key: int) -> torch.Generator:
-    """A generator for this key: neighbouring keys give unrelated streams."""
-    seed = 0
-    for part in key:
-        seed = (seed * 6364136223846793005 + part * 1442695040888963407 + 1) % 2**63
-        seed ^= seed >> 29
-    return torch.Generator().manual_seed(seed)
-
-
-def batches(
-    domains: list[Source],
-    *,
-    batch_size: int,
-    start: int,
-    stop: int,
-    seed: int,
-    num_workers: int = 0,
-) -> Iterator[list[Batch]]:
-    """Batches `start` to `stop - 1`: for each, a list with one dict of tensors per domain."""
-    loader = DataLoader(
-        _Stream(domains, batch_size, seed),
-        batch_size=None,
-        sampler=range(start, stop),
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else it draws on the global one, once for each start
-    )
-    return _raise_errors(loader)
-
-
-def _raise_errors(loader: DataLoader) -> Iterator[list[Batch]]:
-    for batch in loader:
-        if isinstance(batch, RequestError):
-            raise batch
-        yield batch
-
-
-def fetch_all(source: Source, limit: int | None = None) -> Batch:
-    """The first `limit` samples (all by default) of an unaugmented source, in order."""
-    count = len(source) if limit is None else min(limit, len(source))
-    return source.fetch(list(range(count)), _generator(0))
+    return DATA[cfg.name].load(cfg)

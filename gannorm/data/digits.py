@@ -3,18 +3,14 @@
 Real images that come with the package, so that every command works without a download.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from gannorm.config import DigitsConfig
 from gannorm.data.digest import digest
-
-if TYPE_CHECKING:
-    from gannorm.data import Batch, Data, Source
+from gannorm.data.source import Batch, Data, Source
+from gannorm.schema import DigitsConfig
 
 TEST_SHARE = 5  # every fifth digit is held out
 BRIGHT = (
@@ -31,7 +27,7 @@ class _Tensors:
     def __len__(self) -> int:
         return len(self.images)
 
-    def fetch(self, index: list[int], generator: torch.Generator) -> "Batch":
+    def fetch(self, index: list[int], generator: torch.Generator) -> Batch:
         return {"image": self.images[index], "label": self.labels[index]}
 
     def digest(self) -> str:
@@ -50,11 +46,11 @@ class _OnPhotos(_Tensors):
         corners = []
         for number, photo in enumerate(photos):
             brightness = avg_pool2d(photo.mean(0, keepdim=True), size, stride=1)[0]
-            found = (brightness > BRIGHT).nonzero()
-            corners.append(torch.cat([torch.full((len(found), 1), number), found], 1))
+            places = (brightness > BRIGHT).nonzero()
+            corners.append(torch.cat([torch.full((len(places), 1), number), places], 1))
         self.corners = torch.cat(corners)  # photo, top, left of every patch there is
 
-    def fetch(self, index: list[int], generator: torch.Generator) -> "Batch":
+    def fetch(self, index: list[int], generator: torch.Generator) -> Batch:
         batch = super().fetch(index, generator)
         size = self.images.shape[-1]
         chosen = torch.randint(len(self.corners), (len(index),), generator=generator)
@@ -99,24 +95,20 @@ def _photo_halves(cfg: DigitsConfig) -> tuple[list[Tensor], list[Tensor]]:
     return train, test
 
 
-def digits(cfg: DigitsConfig) -> "Data":
+def digits(cfg: DigitsConfig) -> Data:
     """Class-conditional: handwritten digits with their labels."""
-    from gannorm.data import Data
-
     images, labels = _digit_images(cfg)
     held_out = torch.arange(len(images)) % TEST_SHARE == 0
     train = _Tensors(images[~held_out], labels[~held_out])
     return Data([train], [_Tensors(images[held_out], labels[held_out])], [train], num_classes=10)
 
 
-def digits_m(cfg: DigitsConfig) -> "Data":
+def digits_m(cfg: DigitsConfig) -> Data:
     """Unpaired translation: digits (A) and other digits on photographs (B).
 
     The held-out digits stand in both domains: test B[i] is test A[i] on a patch of a part of the
     photographs that training never sees.
     """
-    from gannorm.data import Data
-
     images, labels = _digit_images(cfg)
     turn = torch.arange(len(images)) % TEST_SHARE
     a, b, held_out = (turn == 1) | (turn == 3), (turn == 2) | (turn == 4), turn == 0

@@ -1,18 +1,15 @@
 """The user's own photographs: two unpaired folders, or one folder per class."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torchvision.transforms import v2
 
-from gannorm.config import FolderConfig
 from gannorm.data.digest import digest
 from gannorm.data.images import list_images, open_image, to_tensor
+from gannorm.data.source import Batch, Data, Source
 from gannorm.errors import RequestError
-
-if TYPE_CHECKING:
-    from gannorm.data import Batch, Data, Source
+from gannorm.schema import FolderConfig
 
 
 class _Files:
@@ -40,7 +37,7 @@ class _Files:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def fetch(self, index: list[int], generator: torch.Generator) -> "Batch":
+    def fetch(self, index: list[int], generator: torch.Generator) -> Batch:
         with torch.random.fork_rng(devices=[]):  # torchvision draws on the global generator
             torch.default_generator.manual_seed(generator.initial_seed())
             images = [
@@ -69,10 +66,8 @@ def _check_sizes(cfg: FolderConfig) -> Path:
     return root
 
 
-def folder_pair(cfg: FolderConfig) -> "Data":
+def folder_pair(cfg: FolderConfig) -> Data:
     """Unpaired translation from `root/trainA`, `root/trainB` and, if there, `testA`, `testB`."""
-    from gannorm.data import Data
-
     root = _check_sizes(cfg)
     missing = [name for name in ("trainA", "trainB") if not (root / name).is_dir()]
     if missing:
@@ -92,10 +87,8 @@ def folder_pair(cfg: FolderConfig) -> "Data":
     return Data(domains, test, plain)
 
 
-def image_folder(cfg: FolderConfig) -> "Data":
+def image_folder(cfg: FolderConfig) -> Data:
     """Class-conditional: `root/<class>/...`; classes are numbered in the order of their names."""
-    from gannorm.data import Data
-
     root = _check_sizes(cfg)
     classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not classes:
@@ -106,9 +99,9 @@ def image_folder(cfg: FolderConfig) -> "Data":
     paths: list[Path] = []
     labels: list[int] = []
     for number, name in enumerate(classes):
-        found = list_images(root / name)
-        paths += found
-        labels += [number] * len(found)
+        files = list_images(root / name)
+        paths += files
+        labels += [number] * len(files)
     plain = _Files(paths, labels, cfg, augment=False)
     return Data(
         [_Files(paths, labels, cfg, augment=True)], [plain], [plain], num_classes=len(classes)

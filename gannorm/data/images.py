@@ -20,10 +20,10 @@ def list_images(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise RequestError(f"there is no folder {folder}")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-    if not found:
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    if not paths:
         raise RequestError(f"no images in {folder} (looked for {', '.join(EXTENSIONS)})")
-    return found
+    return paths
 
 
 def open_image(path: Path, channels: int) -> Image.Image:

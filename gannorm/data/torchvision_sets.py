@@ -1,19 +1,16 @@
 """CIFAR-10 and MNIST, through torchvision, downloaded where the machine can."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision import datasets
 
-from gannorm.config import TorchvisionConfig
 from gannorm.data.digest import digest
+from gannorm.data.source import Batch, Data
 from gannorm.errors import RequestError
-
-if TYPE_CHECKING:
-    from gannorm.data import Batch, Data
+from gannorm.schema import TorchvisionConfig
 
 SETS = {"cifar10": datasets.CIFAR10, "mnist": datasets.MNIST}
 
@@ -27,7 +24,7 @@ class _Pixels:
     def __len__(self) -> int:
         return len(self.images)
 
-    def fetch(self, index: list[int], generator: torch.Generator) -> "Batch":
+    def fetch(self, index: list[int], generator: torch.Generator) -> Batch:
         images = self.images[index].float().div_(127.5).sub_(1)
         if self.flip:
             mirrored = torch.rand(len(index), generator=generator) < 0.5
@@ -41,15 +38,15 @@ class _Pixels:
 def _load(cfg: TorchvisionConfig, train: bool) -> tuple[Tensor, Tensor]:
     root = Path(cfg.root).expanduser()
     try:
-        found = SETS[cfg.name](root, train=train, download=cfg.download)
+        split = SETS[cfg.name](root, train=train, download=cfg.download)
     except (RuntimeError, OSError, ValueError, AssertionError) as error:  # URLError is an OSError
         reason = " ".join(str(error).split()) or "damaged file"
         raise RequestError(
-            f"data={cfg.name}: not found in {root} and not to be downloaded here ({reason}); put "
+            f"data={cfg.name}: not split in {root} and not to be downloaded here ({reason}); put "
             f"torchvision's {cfg.name} files there, name another folder with data.root=, or use "
             "data=digits, which needs no download"
         ) from error
-    images = torch.as_tensor(found.data)
+    images = torch.as_tensor(split.data)
     images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images.unsqueeze(1)
     if cfg.channels != images.shape[1]:
         images = images.float().mean(1, keepdim=True).expand(-1, cfg.channels, -1, -1).byte()
@@ -57,13 +54,11 @@ def _load(cfg: TorchvisionConfig, train: bool) -> tuple[Tensor, Tensor]:
         size = (cfg.image_size, cfg.image_size)
         images = interpolate(images.float(), size, mode="bilinear", antialias=True)
         images = images.round().byte()
-    return images.contiguous(), torch.as_tensor(found.targets).long()
+    return images.contiguous(), torch.as_tensor(split.targets).long()
 
 
-def torchvision_set(cfg: TorchvisionConfig) -> "Data":
+def torchvision_set(cfg: TorchvisionConfig) -> Data:
     """Class-conditional: the training split, and the test split held out."""
-    from gannorm.data import Data
-
     train, test = _load(cfg, True), _load(cfg, False)
     return Data(
         [_Pixels(*train, flip=cfg.flip)], [_Pixels(*test, flip=False)],

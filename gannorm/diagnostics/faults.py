@@ -48,8 +48,8 @@ def diversity(images: Tensor, labels: Tensor | None) -> float:
     if labels is None:
         return float(small.var(0).mean())
     groups = [small[labels == k] for k in labels.unique()]
-    found = [each.var(0).mean() for each in groups if len(each) > 1]
-    return float(torch.stack(found).mean()) if found else float("nan")
+    variances = [each.var(0).mean() for each in groups if len(each) > 1]
+    return float(torch.stack(variances).mean()) if variances else float("nan")
 
 
 def checkerboard(images: Tensor) -> float:
@@ -149,12 +149,12 @@ def sample_faults(figures: Mapping[str, float]) -> dict[str, str]:
 
 def norm_faults(networks: Mapping[str, nn.Module], gaps: Gaps) -> dict[str, str]:
     """Norms that collapsed: dead or exploding weights, running statistics far from the batch's."""
-    found = []
+    failing = []
     for net, module in networks.items():
         for name, layer in norm_layers(module).items():
             full = f"{net}.{name}"
             wrong = fault(layer, None, gaps.get(full))
             if wrong:
-                found.append(f"{full}: {wrong}")
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    return {"norms": f"a norm fails: {found[0]}{more}" if found else ""}
+                failing.append(f"{full}: {wrong}")
+    more = f" (and {len(failing) - 1} more)" if len(failing) > 1 else ""
+    return {"norms": f"a norm fails: {failing[0]}{more}" if failing else ""}

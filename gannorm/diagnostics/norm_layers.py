@@ -8,13 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gannorm.norms.layers import (
-    BatchNorm2d,
-    ConditionalBatchNorm2d,
-    ConditionalInstanceNorm2d,
-    GroupNorm,
-    InstanceNorm2d,
-)
+from gannorm.norms.base import BatchLayer, NormLayer
+from gannorm.norms.layers import GroupNorm
 
 DEAD, EXPLODING = 1e-3, 1e3  # of weights
 FAR = 3.0  # a channel's mean off by that many standard deviations, or its variance by e**that
@@ -24,17 +19,14 @@ Gaps = dict[str, float]
 
 def norm_layers(net: nn.Module) -> dict[str, nn.Module]:
     """A network's norm layers by name."""
-    kinds = (
-        BatchNorm2d, ConditionalBatchNorm2d, ConditionalInstanceNorm2d, GroupNorm, InstanceNorm2d,
-    )  # fmt: skip
-    return {name: layer for name, layer in net.named_modules() if isinstance(layer, kinds)}
+    return {name: layer for name, layer in net.named_modules() if isinstance(layer, NormLayer)}
 
 
 def values_per_statistic(layer: nn.Module, shape: torch.Size) -> int:
     """Over how many values a layer takes a mean, for an input of `shape` (N, C, H, W)."""
     if isinstance(layer, GroupNorm):
         return prod(shape[1:]) // layer.num_groups
-    batch = isinstance(layer, BatchNorm2d | ConditionalBatchNorm2d)
+    batch = isinstance(layer, BatchLayer)
     return prod(shape[2:]) * (shape[0] if batch else 1)
 
 
@@ -76,17 +68,17 @@ def gaps(networks: Mapping[str, nn.Module]) -> Iterator[Gaps]:
     For layers in evaluation mode with running statistics: the median channel's
     |mean - running_mean| / std or |log(var / running_var)|, whichever is larger.
     """
-    found: Gaps = {}
+    gap: Gaps = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def look(layer: Any, inputs: tuple[Tensor, ...]) -> None:
-            if name not in found and inputs[0].device.type != "meta":
+            if name not in gap and inputs[0].device.type != "meta":
                 x = inputs[0].detach().float()
                 var, mean = torch.var_mean(x, (0, 2, 3))
                 running_mean, running_var = layer.running_mean.float(), layer.running_var.float()
                 var, running_var = var + layer.eps, running_var + layer.eps
                 off = (mean - running_mean).abs() / var.sqrt()
-                found[name] = float(torch.maximum(off, (var / running_var).log().abs()).median())
+                gap[name] = float(torch.maximum(off, (var / running_var).log().abs()).median())
 
         return look
 
@@ -97,7 +89,7 @@ def gaps(networks: Mapping[str, nn.Module]) -> Iterator[Gaps]:
         if getattr(layer, "running_mean", None) is not None and not layer.training
     ]
     try:
-        yield found
+        yield gap
     finally:
         for handle in handles:
             handle.remove()
@@ -109,14 +101,14 @@ def input_statistics(networks: Mapping[str, nn.Module]) -> Iterator[dict[str, Te
 
     For layers without running statistics, at their first call: what these are to the others.
     """
-    found: dict[str, Tensor] = {}
+    statistics: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if f"{name}/input_std" not in found:
+            if f"{name}/input_std" not in statistics:
                 std, mean = torch.std_mean(inputs[0].detach().float(), (2, 3))
-                found[f"{name}/input_mean"] = mean.flatten()
-                found[f"{name}/input_std"] = std.flatten()
+                statistics[f"{name}/input_mean"] = mean.flatten()
+                statistics[f"{name}/input_std"] = std.flatten()
 
         return look
 
@@ -127,7 +119,7 @@ def input_statistics(networks: Mapping[str, nn.Module]) -> Iterator[dict[str, Te
         if getattr(layer, "running_mean", None) is None
     ]
     try:
-        yield found
+        yield statistics
     finally:
         for handle in handles:
             handle.remove()
@@ -140,11 +132,11 @@ COLUMNS = (
 
 
 def table(
-    networks: Mapping[str, nn.Module], shapes: Mapping[str, torch.Size], found: Gaps
+    networks: Mapping[str, nn.Module], shapes: Mapping[str, torch.Size], gap_of: Gaps
 ) -> list[tuple[str, ...]]:
     """A row of COLUMNS for every norm layer; ranges are "smallest to largest".
 
-    shapes: of each layer's input, by name; found: what `gaps` filled in.
+    shapes: of each layer's input, by name; gap_of: what `gaps` filled in.
     """
     rows = []
     for net, network in networks.items():
@@ -157,7 +149,7 @@ def table(
                 _range(getattr(layer, key, None))
                 for key in ("weight", "bias", "running_mean", "running_var")
             ]
-            verdict = fault(layer, values, found.get(full)) or "ok"
+            verdict = fault(layer, values, gap_of.get(full)) or "ok"
             kind = type(layer).__name__
             rows.append((full, kind, str(channels), str(values), *ranges, verdict))
     return rows

@@ -1,17 +1,14 @@
 """The best evaluation of a run so far: what best.pt holds, and when a run has stopped improving."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from gannorm.config import Config, CycleGANConfig
 from gannorm.data import Data
 from gannorm.errors import RequestError
 from gannorm.metrics.distances import NEIGHBOURS
-
-HIGHER_IS_BETTER = {
-    "inception_score", "precision", "recall", "density", "coverage", "accuracy", "cycle_psnr",
-    "cycle_ssim", "psnr", "ssim",
-}  # fmt: skip
+from gannorm.metrics.figures import FIGURES, average
+from gannorm.schema import Config
 
 
 @dataclass
@@ -27,7 +24,7 @@ class Best:
         value = average(figure, quality)
         if value is None:
             return False
-        sign = 1 if figure in HIGHER_IS_BETTER else -1
+        sign = 1 if FIGURES[figure].higher else -1
         if math.isfinite(value) and (self.value is None or sign * value > sign * self.value):
             self.value, self.step, self.since = value, step, 0
             return True
@@ -35,39 +32,33 @@ class Best:
         return False
 
 
-def average(figure: str, quality: dict[str, float]) -> float | None:
-    """The figure `figure`, or the mean over both directions (figure_AtoB, ...) of a translation."""
-    ends = ("", "_A", "_B", "_AtoB", "_BtoA")
-    values = [quality[figure + end] for end in ends if figure + end in quality]
-    return sum(values) / len(values) if values else None
-
-
-def unmeasured(cfg: Config, data: Data) -> str | None:
+def unmeasured(cfg: Config, data: Data, measures: Collection[str]) -> str | None:
     """Why a run does not measure `metrics.best`; None where it does.
+
+    measures: what the task's evaluation can give a figure that needs it.
 
     Raises:
         RequestError: `metrics.patience` waits for it.
     """
-    labelled, translates = data.num_classes is not None, isinstance(cfg.model, CycleGANConfig)
-    found: set[str] = set()
+    labelled = data.num_classes is not None
     enough = cfg.metrics.samples is None or cfg.metrics.samples > NEIGHBOURS
-    if enough and (labelled or cfg.metrics.extractor.name == "inception"):
-        found |= {"fid", "kid", "inception_score", "precision", "recall", "density", "coverage"}
-    if labelled:
-        found |= {"accuracy"} if translates else {"accuracy", "class_fid"}
-    if translates:
-        found |= {"cycle_l1", "cycle_psnr", "cycle_ssim"}
-    if data.counterparts:
-        found |= {"psnr", "ssim", "feature_distance"}
-    figure, patience = cfg.metrics.best.name, cfg.metrics.patience
-    if figure in found:
+    has = {
+        "features": enough and (labelled or cfg.metrics.extractor == "inception"),
+        "labels": labelled,
+        "classes": labelled,
+        "cycle": True,
+        "counterparts": data.counterparts,
+    }
+    measured = {n for n, f in FIGURES.items() if f.needs in measures and has[f.needs]}
+    figure, patience = cfg.metrics.best, cfg.metrics.patience
+    if figure in measured:
         return None
     reason = (
         f"metrics.best={figure} is not measured with model={cfg.model.name} on data={cfg.data.name}"
     )
     if not enough:
         reason += f": metrics.samples={cfg.metrics.samples} must be more than {NEIGHBOURS}"
-    elif not labelled and cfg.metrics.extractor.name == "embedded":
+    elif not labelled and cfg.metrics.extractor == "embedded":
         reason += (
             ": metrics.extractor=embedded, a classifier, needs labels, "
             "metrics.extractor=inception does not"
@@ -75,6 +66,6 @@ def unmeasured(cfg: Config, data: Data) -> str | None:
     if patience is not None:
         raise RequestError(
             f"{reason}; metrics.patience={patience} has nothing to wait for, choose another "
-            f"metrics.best= {', '.join(sorted(found))}"
+            f"metrics.best= {', '.join(sorted(measured))}"
         )
     return reason

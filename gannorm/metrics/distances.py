@@ -133,8 +133,8 @@ def precision_recall_curve(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
     curves = []
     for run in range(PRD_RUNS):
         with threadpool_limits(1):
-            found = KMeans(clusters, n_init=1, random_state=run).fit(both).labels_
-        sides = torch.from_numpy(found).long().view(2, count)
+            cluster = KMeans(clusters, n_init=1, random_state=run).fit(both).labels_
+        sides = torch.from_numpy(cluster).long().view(2, count)
         p, q = (side.bincount(minlength=clusters).double() / count for side in sides)
         precision = torch.minimum(slopes[:, None] * p, q).sum(1)
         curves.append(torch.stack([precision, precision / slopes]))

@@ -1,48 +1,26 @@
 """Samples held against the real images of one domain: figures, their floor, their protocol."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gannorm.config import MetricsConfig
 from gannorm.data import Batch, Data, Source
 from gannorm.data.digest import digest
 from gannorm.metrics import distances
 from gannorm.metrics.features import Embedded, Extractor, Inception, cached, embedded
+from gannorm.metrics.figures import FIGURES, Comparison, of_sets
+from gannorm.metrics.observations import Observations
+from gannorm.schema import MetricsConfig
 
 CHUNK = 128  # images seen at a time
 MOST_REAL, MOST_GENERATED = 50_000, 10_000  # the latter unless metrics.samples says otherwise
 
 
-@dataclass
-class Seen:
-    """Some images as the networks see them; None for what there is not."""
-
-    features: Tensor  # (N, D)
-    logits: Tensor  # (N, K)
-    read: Tensor | None = None  # (N,), the class that a classifier of the domain reads
-    labels: Tensor | None = None  # (N,)
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, index: Tensor | slice) -> "Seen":
-        return Seen(*(None if v is None else v[index] for v in self.values()))  # type: ignore[arg-type]
-
-    def values(self) -> list[Tensor | None]:
-        return [getattr(self, field.name) for field in fields(self)]
-
-    @classmethod
-    def joined(cls, parts: Iterable["Seen"]) -> "Seen":
-        columns = zip(*(part.values() for part in parts), strict=True)
-        return cls(*(None if c[0] is None else torch.cat(c) for c in columns))  # type: ignore[arg-type]
-
-
-class Reference:
+class ReferenceSet:
     """The real images of one domain; what is seen of them is kept on disk by their content.
 
     Args:
@@ -72,16 +50,16 @@ class Reference:
         self.split = "every other training image" if held_out is real else "held-out images"
 
     @torch.no_grad()
-    def observe(self, images: Tensor, labels: Tensor | None = None) -> Seen:
+    def observe(self, images: Tensor, labels: Tensor | None = None) -> Observations:
         """What is seen of images (N, C, S, S) in [-1, 1]."""
         features, logits = self.extractor(images)
-        read = None
+        predicted = None
         if self.reader is not None:
             own = logits if self.reader is self.extractor else self.reader(images)[1]
-            read = own.argmax(1)
-        return Seen(features, logits, read, labels)
+            predicted = own.argmax(1)
+        return Observations(features, logits, predicted, labels)
 
-    def _observed(self, source: Source, cache: Path) -> Seen:
+    def _observed(self, source: Source, cache: Path) -> Observations:
         networks = [net.identity() for net in (self.extractor, self.reader) if net is not None]
         key = digest(source.digest(), MOST_REAL, *networks)
 
@@ -91,10 +69,10 @@ class Reference:
                 batch = _fetch(source, index)
                 labels = batch["label"].to(self.device) if "label" in batch else None
                 parts.append(self.observe(batch["image"].to(self.device), labels))
-            return [None if v is None else v.cpu() for v in Seen.joined(parts).values()]
+            return [None if v is None else v.cpu() for v in Observations.joined(parts).values()]
 
         values = cached(cache, f"features-{key}", make)
-        return Seen(*(None if v is None else v.to(self.device) for v in values))  # type: ignore[arg-type]
+        return Observations(*(None if v is None else v.to(self.device) for v in values))  # type: ignore[arg-type]
 
     def nearest(self, features: Tensor, count: int) -> Tensor:
         """The `count` real images (all, if fewer) nearest to each of features (N, D):
@@ -109,35 +87,28 @@ class Reference:
         rows = [[batches[k // CHUNK][k % CHUNK] for k in row] for row in places.tolist()]
         return torch.stack([torch.stack(row) for row in rows])
 
-    def compare(self, seen: Seen) -> dict[str, float]:
-        """Every figure of samples: those on features, and the accuracy where there are labels.
+    def compare(self, generated: Observations) -> dict[str, float]:
+        """Every figure of samples: those on features, and the accuracy where there are labels."""
+        return of_sets(self.real, generated)
 
-        Nothing on features where one side has too few images to have neighbours.
-        """
-        figures = {}
-        if min(len(self.real), len(seen)) > distances.NEIGHBOURS:
-            figures["fid"] = distances.fid(self.real.features, seen.features)
-            figures["kid"] = distances.kid(self.real.features, seen.features)
-            figures["inception_score"] = distances.inception_score(seen.logits)
-            figures |= distances.neighbourhoods(self.real.features, seen.features)
-        if seen.read is not None and seen.labels is not None:
-            figures["accuracy"] = float((seen.read == seen.labels).double().mean())
-        return figures
-
-    def compare_classes(self, seen: Seen) -> dict[str, float]:
-        """class_fid, the mean over the classes (intra-FID, Miyato and Koyama, 2018), and each
-        class's: class_fid/K, class_accuracy/K. Both sides need labels."""
-        assert seen.labels is not None and seen.read is not None and self.real.labels is not None
-        fids, accuracies = {}, {}
-        for k in seen.labels.unique().tolist():
-            ours, theirs = seen.labels == k, self.real.labels == k
-            accuracies[f"class_accuracy/{k}"] = float((seen.read[ours] == k).double().mean())
+    def compare_classes(self, generated: Observations) -> dict[str, float]:
+        """Of each class K: NAME/K, class_accuracy/K; and each NAME, the mean over the classes
+        (class_fid: intra-FID, Miyato and Koyama, 2018). Both sides need labels."""
+        labels, predicted = generated.labels, generated.predicted
+        assert labels is not None and predicted is not None and self.real.labels is not None
+        figures, accuracies = {}, {}
+        for k in labels.unique().tolist():
+            ours, theirs = labels == k, self.real.labels == k
+            accuracies[f"class_accuracy/{k}"] = float((predicted[ours] == k).double().mean())
             if min(ours.sum(), theirs.sum()) > 1:
-                fids[f"class_fid/{k}"] = distances.fid(
-                    self.real.features[theirs], seen.features[ours]
-                )
-        mean = {"class_fid": sum(fids.values()) / len(fids)} if fids else {}
-        return mean | fids | accuracies
+                sides = Comparison(self.real[theirs], generated[ours])
+                for name, figure in FIGURES.items():
+                    if figure.needs == "classes":
+                        figures[f"{name}/{k}"] = figure.of(sides)
+        means: dict[str, list[float]] = {}
+        for name, value in figures.items():
+            means.setdefault(name.partition("/")[0], []).append(value)
+        return {n: sum(v) / len(v) for n, v in means.items()} | figures | accuracies
 
     def protocol(self) -> dict[str, Any]:
         """How the figures came about; figures of another protocol are others."""
@@ -154,24 +125,24 @@ class Reference:
 
 
 @dataclass
-class Judged:
+class Evaluation:
     """Figures of generators, and what they were made of, where there are references.
 
-    seen: by direction ("" or "_AtoB"), the samples and what they were held against.
+    observed: by direction ("" or "_AtoB"), the samples and what they were held against.
     """
 
     figures: dict[str, float]
-    seen: dict[str, tuple[Reference, Seen]] = field(default_factory=dict)
+    observed: dict[str, tuple[ReferenceSet, Observations]] = field(default_factory=dict)
 
 
-def build_references(cfg: MetricsConfig, data: Data, device: torch.device) -> list[Reference]:
+def build_references(cfg: MetricsConfig, data: Data, device: torch.device) -> list[ReferenceSet]:
     """One for each domain of `data`; none where `embedded` has no labels to be trained on.
 
     Raises:
         RequestError: weights that are not there.
     """
     cache = Path(cfg.cache).expanduser()
-    inception = Inception(cfg.weights).to(device) if cfg.extractor.name == "inception" else None
+    inception = Inception(cfg.weights).to(device) if cfg.extractor == "inception" else None
     references = []
     for domain, real, held_out in zip(data.domains, data.real, data.test, strict=True):
         reader = None
@@ -180,7 +151,9 @@ def build_references(cfg: MetricsConfig, data: Data, device: torch.device) -> li
         extractor = inception or reader
         if extractor is None:
             return []
-        references.append(Reference(real, held_out, extractor, reader, device, cache, cfg.samples))
+        references.append(
+            ReferenceSet(real, held_out, extractor, reader, device, cache, cfg.samples)
+        )
     return references
 
 

@@ -1,22 +1,15 @@
-"""Norm layers from a config: `build_norm` turns the `norm` section of one into a `NormFactory`, the
-only thing that the models know of norms.
+"""The norms a config can name: `NORMS`, and `build_norm`, which makes a model's layers of one.
 
-Apart from `gannorm.norms.layers`, so that the layers can be imported where Hydra is not installed.
+A norm of one's own is an entry more: `NORMS["mine"] = Norm(config, build, statistics)`, and a file
+`conf/norm/mine.yaml` with the values of its config.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from gannorm.config import (
-    BatchNormConfig,
-    GroupNormConfig,
-    InstanceNormConfig,
-    LayerNormConfig,
-    NoNormConfig,
-    NormConfig,
-)
 from gannorm.norms.base import NoNorm
 from gannorm.norms.layers import (
     BatchNorm2d,
@@ -26,8 +19,83 @@ from gannorm.norms.layers import (
     InstanceNorm2d,
     LayerNorm2d,
 )
+from gannorm.schema import (
+    BatchNormConfig,
+    GroupNormConfig,
+    InstanceNormConfig,
+    LayerNormConfig,
+    NoNormConfig,
+    NormConfig,
+)
 
-CONDITIONAL = ("conditional_batch", "conditional_instance")
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm that a config can name.
+
+    Attributes:
+        config: the class of its section.
+        build: (config, channels, num_classes, **epilogue) to a layer; the epilogue: activation,
+            negative_slope, residual_after_activation.
+        statistics: over what a mean is taken: the sample (or a part of it), the batch, nothing.
+        unconditional: of a norm whose affine is picked by class, the name of the same without.
+    """
+
+    config: type[NormConfig]
+    build: Callable[..., nn.Module]
+    statistics: Literal["sample", "batch", "none"]
+    unconditional: str | None = None
+
+
+def _plain(kind: Callable[..., Any]) -> Callable[..., nn.Module]:
+    """The layers of one of our classes without labels."""
+
+    def build(cfg: Any, channels: int, num_classes: int | None, **epilogue: Any) -> nn.Module:
+        return _started(kind(channels, affine=cfg.affine, **_arguments(cfg), **epilogue), cfg)
+
+    return build
+
+
+def _by_class(kind: Callable[..., Any]) -> Callable[..., nn.Module]:
+    """The layers of one of our classes with a table for each class."""
+
+    def build(cfg: Any, channels: int, num_classes: int, **epilogue: Any) -> nn.Module:
+        return _started(kind(channels, num_classes, **_arguments(cfg), **epilogue), cfg)
+
+    return build
+
+
+def _group(cfg: GroupNormConfig, channels: int, _: int | None, **epilogue: Any) -> nn.Module:
+    groups = min(cfg.num_groups, channels)
+    return GroupNorm(groups, channels, affine=cfg.affine, **_arguments(cfg), **epilogue)
+
+
+def _arguments(cfg: LayerNormConfig) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"eps": cfg.eps}
+    if cfg.weight_init is not None:
+        arguments["weight_init"] = tuple(cfg.weight_init)
+    if isinstance(cfg, BatchNormConfig):
+        arguments |= {"momentum": cfg.momentum, "var_estimator": cfg.var_estimator}
+    return arguments
+
+
+def _started(layer: Any, cfg: LayerNormConfig) -> nn.Module:
+    if isinstance(cfg, BatchNormConfig):
+        layer.running_var.fill_(cfg.running_var_init)
+    return layer
+
+
+NORMS: dict[str, Norm] = {
+    "instance": Norm(InstanceNormConfig, _plain(InstanceNorm2d), "sample"),
+    "conditional_instance": Norm(
+        InstanceNormConfig, _by_class(ConditionalInstanceNorm2d), "sample", "instance"
+    ),
+    "batch": Norm(BatchNormConfig, _plain(BatchNorm2d), "batch"),
+    "conditional_batch": Norm(BatchNormConfig, _by_class(ConditionalBatchNorm2d), "batch", "batch"),
+    "group": Norm(GroupNormConfig, _group, "sample"),
+    "layer": Norm(LayerNormConfig, _plain(LayerNorm2d), "sample"),
+    "none": Norm(NoNormConfig, lambda cfg, channels, classes, **e: NoNorm(**e), "none"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,17 +105,22 @@ class NormFactory:
     `factory(channels, activation=...)` is a layer; call it with `apply_norm`.
     """
 
+    norm: Norm
     config: NormConfig
     num_classes: int | None = None
-    conditional: bool = False
+
+    @property
+    def conditional(self) -> bool:
+        return self.norm.unconditional is not None
 
     @property
     def conv_bias(self) -> bool:
         """Whether a convolution before this norm needs a bias: the norm then adds none."""
-        return not getattr(self.config, "affine", self.config.name != "none")
+        return not getattr(self.config, "affine", self.norm.statistics != "none")
 
     def unconditional(self) -> "NormFactory":
-        return replace(self, conditional=False)
+        name = self.norm.unconditional
+        return self if name is None else NormFactory(NORMS[name], self.config)
 
     def __call__(
         self,
@@ -56,36 +129,10 @@ class NormFactory:
         negative_slope: float = 0.2,
         residual_after_activation: bool = False,
     ) -> nn.Module:
-        cfg = self.config
-        shared: dict[str, Any] = {
-            "activation": activation,
-            "negative_slope": negative_slope,
-            "residual_after_activation": residual_after_activation,
-        }
-        if isinstance(cfg, NoNormConfig):
-            return NoNorm(activation, negative_slope, residual_after_activation)
-        assert isinstance(cfg, LayerNormConfig)  # the base of all the others
-        shared["eps"] = cfg.eps
-        if cfg.weight_init is not None:
-            mean, std = cfg.weight_init
-            shared["weight_init"] = (mean, std)
-        if isinstance(cfg, BatchNormConfig):
-            batch = {"momentum": cfg.momentum, "var_estimator": cfg.var_estimator.name, **shared}
-            layer: BatchNorm2d | ConditionalBatchNorm2d = (
-                ConditionalBatchNorm2d(channels, self.num_classes or 0, **batch)
-                if self.conditional
-                else BatchNorm2d(channels, affine=cfg.affine, **batch)
-            )
-            assert layer.running_var is not None
-            layer.running_var.fill_(cfg.running_var_init)
-            return layer
-        if isinstance(cfg, InstanceNormConfig):
-            if self.conditional:
-                return ConditionalInstanceNorm2d(channels, self.num_classes or 0, **shared)
-            return InstanceNorm2d(channels, affine=cfg.affine, **shared)
-        if isinstance(cfg, GroupNormConfig):
-            return GroupNorm(min(cfg.num_groups, channels), channels, affine=cfg.affine, **shared)
-        return LayerNorm2d(channels, affine=cfg.affine, **shared)
+        return self.norm.build(
+            self.config, channels, self.num_classes, activation=activation,
+            negative_slope=negative_slope, residual_after_activation=residual_after_activation,
+        )  # fmt: skip
 
 
 def build_norm(cfg: NormConfig, num_classes: int | None = None) -> NormFactory:
@@ -97,10 +144,10 @@ def build_norm(cfg: NormConfig, num_classes: int | None = None) -> NormFactory:
     Raises:
         ValueError: a conditional norm without `num_classes`.
     """
-    conditional = cfg.name in CONDITIONAL
-    if conditional and num_classes is None:
+    factory = NormFactory(NORMS[cfg.name], cfg, num_classes)
+    if factory.conditional and num_classes is None:
         raise ValueError(f"norm={cfg.name} needs labelled data (num_classes is None)")
-    return NormFactory(cfg, num_classes, conditional)
+    return factory
 
 
 def apply_norm(

@@ -149,9 +149,11 @@ class BatchLayer(NormLayer):
 class NoNorm(nn.Module):
     """No normalization, only the epilogue: what `norm=none` puts in a norm's place."""
 
-    def __init__(self, activation: str | None, negative_slope: float, after: bool) -> None:
+    def __init__(
+        self, activation: str | None, negative_slope: float, residual_after_activation: bool
+    ) -> None:
         super().__init__()
-        self.epilogue = Epilogue(activation, negative_slope, after)
+        self.epilogue = Epilogue(activation, negative_slope, residual_after_activation)
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         e = self.epilogue

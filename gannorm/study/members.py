@@ -16,7 +16,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from gannorm.tasks import ClassConditional, CycleGAN
+from gannorm.models.norm_factory import NORMS
 
 FOLDER = "norm_study"  # below hydra.sweep.dir
 
@@ -74,9 +74,10 @@ class Member:
 
 def members() -> dict[str, Member]:
     """Every member by name: each norm that a task takes, then the tutorials' two mistakes."""
+    plain = [name for name, norm in NORMS.items() if norm.unconditional is None]
     pairs = [
-        *(("cyclegan", norm, size) for size in (1, 16) for norm in CycleGAN.admitted_norms),
-        *(("resblock_gan", norm, 16) for norm in ClassConditional.admitted_norms),
+        *(("cyclegan", norm, size) for size in (1, 16) for norm in plain),
+        *(("resblock_gan", norm, 16) for norm in NORMS),
     ]
     found = [Member(model, norm, size) for model, norm, size in pairs]
     for mistake, keys in MISTAKES.items():

@@ -1,65 +1,109 @@
-"""Adversarial losses on discriminator logits, gradient penalties, and the image pool."""
+"""Adversarial losses on discriminator logits (`LOSSES`), gradient penalties, and the image pool.
+
+A loss of one's own is an entry more: `LOSSES["mine"] = Loss(discriminator, generator)`; it is then
+a choice of `loss.gan`.
+"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gannorm.config import LossConfig
+from gannorm.schema import LossConfig
 
 # Batches of images to as many tensors of logits.
-Judge = Callable[..., Sequence[Tensor]]
+Critic = Callable[..., Sequence[Tensor]]
 
-# Without an absolute zero, real and fake are judged in pairs: by which logit is larger.
-PAIRED = ("wgan", "relativistic")
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of logits for real and for generated images, float32.
+
+    Attributes:
+        discriminator: (real, fake) to what the discriminator minimizes.
+        generator: (fake, real) to what the generator minimizes.
+        paired: no logit is right by itself, only real and fake in pairs: which one is larger.
+        needs_real: the generator's loss looks at `real`; None is given otherwise.
+        bounded: works without a penalty on the discriminator's gradient.
+        middle: the logit between real and fake, where they are not paired.
+    """
+
+    discriminator: Callable[[Tensor, Tensor], Tensor]
+    generator: Callable[[Tensor, Tensor | None], Tensor]
+    paired: bool = False
+    needs_real: bool = False
+    bounded: bool = True
+    middle: float = 0.0
+
+
+def _relativistic(fake: Tensor, real: Tensor | None) -> Tensor:
+    assert real is not None
+    return F.softplus(real - fake).mean()
+
+
+LOSSES: dict[str, Loss] = {
+    # Mao et al., 2017: halved for the discriminator, as in CycleGAN.
+    "lsgan": Loss(
+        lambda real, fake: 0.5 * ((real - 1).square().mean() + fake.square().mean()),
+        lambda fake, _: (fake - 1).square().mean(),
+        middle=0.5,
+    ),
+    # Lim and Ye, 2017.
+    "hinge": Loss(
+        lambda real, fake: F.relu(1 - real).mean() + F.relu(1 + fake).mean(),
+        lambda fake, _: -fake.mean(),
+    ),
+    # Goodfellow et al., 2014: cross-entropy.
+    "nonsaturating": Loss(
+        lambda real, fake: F.softplus(-real).mean() + F.softplus(fake).mean(),
+        lambda fake, _: F.softplus(-fake).mean(),
+    ),
+    # Arjovsky et al., 2017: the difference of the means, for a penalized critic.
+    "wgan": Loss(
+        lambda real, fake: fake.mean() - real.mean(),
+        lambda fake, _: -fake.mean(),
+        paired=True,
+        bounded=False,
+    ),
+    # Jolicoeur-Martineau, 2019; Huang et al., 2024: sample i, at each place of its logits, with
+    # sample i.
+    "relativistic": Loss(
+        lambda real, fake: F.softplus(fake - real).mean(),
+        _relativistic,
+        paired=True,
+        needs_real=True,
+    ),
+}
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
     """What the discriminator minimizes, given its logits for real and generated images.
 
-    kind: "lsgan" (Mao et al., 2017): the mean of (real - 1)^2 and fake^2, halved as in CycleGAN;
-        "hinge" (Lim and Ye, 2017);
-        "nonsaturating" (Goodfellow et al., 2014): cross-entropy;
-        "wgan" (Arjovsky et al., 2017): the difference of the means, for a penalized critic;
-        "relativistic" (Jolicoeur-Martineau, 2019; Huang et al., 2024): softplus(fake - real) of
-        pairs: sample i, at each place of its logits, with sample i.
+    kind: a name in `LOSSES`.
     """
-    real, fake = real.float(), fake.float()
-    if kind == "lsgan":
-        return 0.5 * ((real - 1).square().mean() + fake.square().mean())
-    if kind == "hinge":
-        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-    if kind == "nonsaturating":
-        return F.softplus(-real).mean() + F.softplus(fake).mean()
-    if kind == "wgan":
-        return fake.mean() - real.mean()
-    return F.softplus(fake - real).mean()
+    return LOSSES[kind].discriminator(real.float(), fake.float())
 
 
 def generator_loss(fake: Tensor, kind: str, real: Tensor | None = None) -> Tensor:
     """What the generator minimizes, given the discriminator's logits for its images.
 
-    real: logits for as many real images; "relativistic" alone needs them.
+    real: logits for as many real images, where `LOSSES[kind].needs_real`.
     """
-    fake = fake.float()
-    if kind == "relativistic":
-        assert real is not None
-        return F.softplus(real.float() - fake).mean()
-    if kind == "lsgan":
-        return (fake - 1).square().mean()
-    if kind == "nonsaturating":
-        return F.softplus(-fake).mean()
-    return -fake.mean()
+    return LOSSES[kind].generator(fake.float(), None if real is None else real.float())
 
 
-def judged_right(real: Tensor, fake: Tensor, kind: str) -> dict[str, Tensor]:
-    """The shares of `real` and of `fake` logits on their own side; of `pairs` in order where
-    PAIRED."""
-    if kind in PAIRED:
+def discriminator_accuracy(real: Tensor, fake: Tensor, kind: str) -> dict[str, Tensor]:
+    """The shares of `real` and of `fake` logits on their own side; of a paired loss, the share of
+    `pairs` in order."""
+    loss = LOSSES[kind]
+    if loss.paired:
         return {"pairs": (real > fake).float().mean()}
-    middle = 0.5 if kind == "lsgan" else 0.0
-    return {"real": (real > middle).float().mean(), "fake": (fake < middle).float().mean()}
+    return {
+        "real": (real > loss.middle).float().mean(),
+        "fake": (fake < loss.middle).float().mean(),
+    }
 
 
 def input_gradients(logits: Sequence[Tensor], images: Sequence[Tensor]) -> list[Tensor]:
@@ -77,11 +121,11 @@ def is_penalized(cfg: LossConfig) -> bool:
 
 
 def discriminator_objective(
-    judge: Judge, real: Tensor, fake: Tensor, cfg: LossConfig
+    critic: Critic, real: Tensor, fake: Tensor, cfg: LossConfig
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """The discriminator's loss, its penalty, and the logits for `real` and `fake` (N, C, H, W).
 
-    judge: with penalties, a sample's logits must depend on that sample alone, and this must run
+    critic: with penalties, a sample's logits must depend on that sample alone, and this must run
         outside of autocast: they are float32.
 
     Penalties: r1/2 * E||dD(x)/dx||^2 on real images, r2/2 on generated ones (Mescheder et al.,
@@ -91,7 +135,7 @@ def discriminator_objective(
     weights = ((cfg.r1, real), (cfg.r2, fake))
     for weight, images in weights:
         images.requires_grad_(weight > 0)
-    logits = judge(real, fake)
+    logits = critic(real, fake)
     penalty = torch.zeros((), device=real.device)
     wanted = [(w, z, x) for (w, x), z in zip(weights, logits, strict=True) if w > 0]
     if wanted:
@@ -101,9 +145,9 @@ def discriminator_objective(
     if cfg.gradient_penalty > 0:
         share = torch.rand(len(real), 1, 1, 1, device=real.device)
         between = torch.lerp(fake.detach(), real.detach(), share).requires_grad_()
-        (gradient,) = input_gradients(judge(between), [between])
+        (gradient,) = input_gradients(critic(between), [between])
         penalty = penalty + cfg.gradient_penalty * (gradient.norm(dim=1) - 1).square().mean()
-    loss = discriminator_loss(logits[0], logits[1], cfg.gan.name)
+    loss = discriminator_loss(logits[0], logits[1], cfg.gan)
     return loss, penalty, (logits[0], logits[1])
 
 

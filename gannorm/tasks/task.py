@@ -1,25 +1,30 @@
-"""What both tasks share: networks, their averages, optimizers, mixed precision, their state."""
+"""What trains: networks, their averages, optimizers, mixed precision, one step, their state."""
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gannorm.config import Config
-from gannorm.data import Batch, Data
-from gannorm.diagnostics.faults import Probe, measure, norm_faults, sample_faults
-from gannorm.diagnostics.norm_layers import gaps, norm_layers
+from gannorm.data import DATA, Batch
+from gannorm.diagnostics.norm_layers import norm_layers
 from gannorm.errors import RequestError
-from gannorm.metrics.evaluation import Judged, Reference
-from gannorm.metrics.standing import renew_statistics
+from gannorm.models.norm_factory import NORMS, Norm
 from gannorm.norms.backend import check_backend, use_backend
+from gannorm.schema import Config
 from gannorm.tasks.augment import diff_augment
-from gannorm.tasks.losses import Judge, discriminator_objective, is_penalized, judged_right
+from gannorm.tasks.losses import (
+    LOSSES,
+    Critic,
+    discriminator_accuracy,
+    discriminator_objective,
+    is_penalized,
+)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Networks = dict[str, nn.Module]
 
 
 class Task(ABC):
@@ -29,23 +34,16 @@ class Task(ABC):
         generators, discriminators: by name; `averaged` holds the generators' EMA.
         optimizers: "G" for all generators, "D" for all discriminators.
         batches_per_step: how many batches `train_step` takes.
-        references: the real images of each domain, for the figures; none without labels.
     """
 
-    admitted_norms: tuple[str, ...]
-    refusal = ""  # why the other norms cannot work
+    needs_labels = False
     batches_per_step = 1
-    references: list[Reference]
 
     def __init__(self, cfg: Config, device: torch.device, num_classes: int | None) -> None:
-        if cfg.norm.name not in self.admitted_norms:
-            raise RequestError(
-                f"norm={cfg.norm.name} cannot work with model={cfg.model.name}: "
-                f"{self.refusal}; choose norm= {', '.join(self.admitted_norms)}"
-            )
-        self.backend = cfg.norm.backend.name
-        check_backend(self.backend)
         self.cfg, self.device, self.num_classes = cfg, device, num_classes
+        self._check_request()
+        self.backend = cfg.norm.backend
+        check_backend(self.backend)
         self._check_shapes()
         self.generators, self.discriminators = self._build()
         for net in self.networks.values():
@@ -58,74 +56,56 @@ class Task(ABC):
             "G": self._optimizer(self.generators, cfg.optim.lr_g),
             "D": self._optimizer(self.discriminators, cfg.optim.lr_d),
         }
-        fp16 = cfg.trainer.precision.name == "fp16"
+        fp16 = cfg.trainer.precision == "fp16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-        self.dtype = PRECISIONS[cfg.trainer.precision.name]
+        self.dtype = PRECISIONS[cfg.trainer.precision]
 
     @property
-    def networks(self) -> dict[str, nn.Module]:
+    def networks(self) -> Networks:
         return {**self.generators, **self.discriminators}
 
     # ---- what each task defines
 
+    @classmethod
+    def refusal(cls, norm: Norm, cfg: Config) -> str:
+        """With what a norm cannot work here, and why; or nothing."""
+        return ""
+
     @abstractmethod
-    def _build(self, spectral: bool = True) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    def _build(self, spectral: bool = True) -> tuple[Networks, Networks]:
         """Generators and discriminators; spectral norms, which take 15 power iterations each to
         begin with and change no shape, may be left out."""
 
     @abstractmethod
-    def _dry_run(
-        self, generators: dict[str, nn.Module], discriminators: dict[str, nn.Module]
-    ) -> None:
+    def _dry_run(self, generators: Networks, discriminators: Networks) -> None:
         """One forward pass of everything at the training's shapes, on the meta device."""
 
     @abstractmethod
     def train_step(self, batches: list[list[Batch]]) -> dict[str, Tensor]:
         """One step of the generators and `optim.d_steps` of the discriminators: the losses."""
 
-    @abstractmethod
-    def prepare_evaluation(self, data: Data) -> None:
-        """Make the references, and keep what `evaluate` and `samples` show the generators."""
+    # ---- requests
 
-    @abstractmethod
-    def judge(self, generators: dict[str, nn.Module], brief: bool) -> Judged:
-        """Sample quality of generators in evaluation mode; a single class's as NAME/CLASS.
-
-        brief: without the figures that cost passes of their own.
-        """
-
-    @abstractmethod
-    def standing_forwards(self, name: str, net: nn.Module, count: int) -> list[Callable[[], Any]]:
-        """`count` forward passes of generator `name`, each on another batch of training size."""
-
-    @abstractmethod
-    def reference_figures(self) -> dict[str, float]:
-        """What the figures are to be held against, as FIGURE_real etc.; computed once."""
-
-    @abstractmethod
-    def probes(self) -> dict[str, Probe]:
-        """Images of the averaged generators for the diagnostics, by name ("" or "_AtoB")."""
-
-    @abstractmethod
-    def samples(self) -> dict[str, tuple[Tensor, int]]:
-        """Named image batches (N, C, H, W) to show, and how many stand in a row."""
-
-    @abstractmethod
-    def pictures(self) -> dict[str, tuple[Tensor, int]]:
-        """More of them, shown at evaluations: interpolations, the nearest training images."""
-
-    # ---- what they share
-
-    @torch.no_grad()
-    def diagnose(self) -> tuple[dict[str, float], dict[str, str]]:
-        """Figures of the samples and the norms, and the faults in them by name."""
-        with gaps(self.averaged) as found:
-            figures = measure(self.probes())
-        faults = sample_faults(figures)
-        faults |= norm_faults({**self.averaged, **self.discriminators}, found)
-        if found:
-            figures["probe/norm_gap"] = max(found.values())
-        return figures, faults
+    def _check_request(self) -> None:
+        """Refuse a data set, a norm or a loss that cannot work."""
+        cfg, loss = self.cfg, self.cfg.loss
+        if self.needs_labels and self.num_classes is None:
+            fitting = [name for name, each in DATA.items() if cfg.model.name in each.tasks]
+            raise RequestError(
+                f"model={cfg.model.name} needs labelled data, and data={cfg.data.name} has no "
+                f"labels; choose data= {', '.join(fitting)}"
+            )
+        reason = self.refusal(NORMS[cfg.norm.name], cfg)
+        if reason:
+            fitting = [name for name, norm in NORMS.items() if not self.refusal(norm, cfg)]
+            raise RequestError(
+                f"norm={cfg.norm.name} cannot work with {reason}; choose norm= {', '.join(fitting)}"
+            )
+        if not LOSSES[loss.gan].bounded and not is_penalized(loss):
+            raise RequestError(
+                f"loss.gan={loss.gan} needs a bounded critic; set loss.gradient_penalty=10 "
+                "(loss=wgan_gp)"
+            )
 
     def _check_shapes(self) -> None:
         """Refuse sizes that the layers refuse, before anything is built or loaded."""
@@ -159,7 +139,7 @@ class Task(ABC):
             self._dry_run(*nets)
         return shapes
 
-    def _optimizer(self, nets: dict[str, nn.Module], lr: float) -> torch.optim.Optimizer:
+    def _optimizer(self, nets: Networks, lr: float) -> torch.optim.Optimizer:
         parameters = [p for net in nets.values() for p in net.parameters()]
         betas = (self.cfg.optim.beta1, self.cfg.optim.beta2)
         fused = self.device.type in ("cuda", "cpu")
@@ -185,27 +165,27 @@ class Task(ABC):
 
     def _augment(self, images: Tensor) -> Tensor:
         """Images as the discriminators see them."""
-        return diff_augment(images, [each.name for each in self.cfg.loss.diffaugment])
+        return diff_augment(images, self.cfg.loss.diffaugment)
 
     def _train_discriminators(
-        self, sides: Mapping[str, tuple[Judge, Tensor, Tensor]]
+        self, sides: Mapping[str, tuple[Critic, Tensor, Tensor]]
     ) -> dict[str, Tensor]:
-        """One step of the discriminators, each by name with its (judge, real, fake).
+        """One step of the discriminators, each by name with its (critic, real, fake).
 
-        Returns losses, mean logits, and the shares of real and fake that were judged right.
+        Returns losses, mean logits, and the shares of real and fake that it told apart.
         """
         cfg, figures, total = self.cfg.loss, {}, torch.zeros((), device=self.device)
         penalized = is_penalized(cfg)
         with self.autocast(not penalized):  # a penalty differentiates through all of it
-            for name, (judge, real, fake) in sides.items():
-                loss, penalty, logits = discriminator_objective(judge, real, fake, cfg)
+            for name, (critic, real, fake) in sides.items():
+                loss, penalty, logits = discriminator_objective(critic, real, fake, cfg)
                 total = total + loss + penalty
                 figures[name] = loss
                 if penalized:
                     figures[f"{name}_penalty"] = penalty
                 for side, values in zip(("real", "fake"), logits, strict=True):
                     figures[f"{name}_{side}"] = values.float().mean()
-                for side, share in judged_right(*logits, cfg.gan.name).items():
+                for side, share in discriminator_accuracy(*logits, cfg.gan).items():
                     figures[f"balance/{name}_{side}_right"] = share
         figures["balance/gradient_D"] = self._descend("D", total)
         return figures
@@ -237,29 +217,6 @@ class Task(ABC):
     def _freeze_discriminators(self, frozen: bool) -> None:
         for net in self.discriminators.values():
             net.requires_grad_(not frozen)
-
-    @torch.no_grad()
-    def evaluate(self, generators: dict[str, nn.Module], brief: bool = False) -> Judged:
-        """Copies of `generators`, trained or averaged, judged; they themselves stay as they are."""
-        copies = {name: copy.deepcopy(net).eval() for name, net in generators.items()}
-        count = self.cfg.metrics.standing_batches
-        for name, net in copies.items():
-            renew_statistics(net, self.standing_forwards(name, net, count))
-        return self.judge(copies, brief)
-
-    def protocol(self) -> dict[str, Any]:
-        """How the figures came about: written beside them."""
-        made: dict[str, Any] = {"extractor": "none: embedded needs labels to be trained on"}
-        if self.references:
-            found = [reference.protocol() for reference in self.references]
-            made = found[0] if len(found) == 1 else dict(zip("AB", found, strict=True))
-        return {
-            "data": self.cfg.data.name,
-            "image_size": self.cfg.data.image_size,
-            "seed": self.cfg.seed,
-            "standing_batches": self.cfg.metrics.standing_batches,
-            **made,
-        }
 
     @torch.no_grad()
     def update_averages(self, step: int) -> None:

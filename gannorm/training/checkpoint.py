@@ -72,8 +72,8 @@ def load(path: Path) -> dict[str, Any]:
 
 def newest(run_dir: Path) -> Path | None:
     """The checkpoint of a run folder with the most steps, or None."""
-    found = sorted((run_dir / "checkpoints").glob("step_*.pt"))
-    return found[-1] if found else None
+    paths = sorted((run_dir / "checkpoints").glob("step_*.pt"))
+    return paths[-1] if paths else None
 
 
 def resolve(path: Path) -> Path:
@@ -86,10 +86,10 @@ def resolve(path: Path) -> Path:
         if not path.is_file():
             raise RequestError(f"there is no checkpoint or run folder {path}")
         return path
-    found = newest(path)
-    if found is None:
+    file = newest(path)
+    if file is None:
         raise RequestError(f"{path} holds no checkpoints/step_*.pt")
-    return found
+    return file
 
 
 def prune(run_dir: Path, keep: int) -> None:

@@ -22,25 +22,18 @@ from torch import Tensor, nn
 from torch.utils.tensorboard.summary import hparams
 
 from gannorm.diagnostics.norm_layers import input_statistics, norm_layers
-from gannorm.metrics.best import HIGHER_IS_BETTER, average
 from gannorm.metrics.distances import PRD_SLOPES, precision_recall_curve
-from gannorm.metrics.evaluation import Judged, Reference, Seen, evenly
-from gannorm.tasks import Task
+from gannorm.metrics.evaluation import Evaluation, ReferenceSet, evenly
+from gannorm.metrics.figures import FIGURES, average
+from gannorm.metrics.observations import Observations
+from gannorm.tasks import Evaluator
 from gannorm.training.monitor import Monitor
 
-# Figures with a chart of their own, for each direction: what is looked at first stands first.
-QUALITY = (
-    "fid", "accuracy", "coverage", "precision", "recall", "density", "kid", "inception_score",
-    "class_fid", "psnr", "ssim", "feature_distance",
-)  # fmt: skip
 # By category and chart: the scalars (regular expressions) that stand in it together.
 CHARTS = {
     "quality": {
         "fid of each class": r"class_fid/\d+",
         "accuracy of each class": r"class_accuracy/\d+",
-        "cycle_l1": r"quality/cycle_l1_[AB]",
-        "cycle_psnr": r"quality/cycle_psnr_[AB]",
-        "cycle_ssim": r"quality/cycle_ssim_[AB]",
     },
     "losses": {
         "generators": r"loss/G(_[AB])?",
@@ -74,7 +67,6 @@ HPARAMS = (
     "optim.beta2", "optim.d_steps", "optim.ema_decay", "trainer.steps", "trainer.precision", "seed",
 )  # fmt: skip
 FIRST = {"model.name", "norm.name", "data.name", "loss.gan", "seed"}  # the tab ticks five columns
-FINAL = ("fid", "kid", "precision", "recall", "coverage", "accuracy")
 PACKAGES = (
     "gannorm", "torch", "torchvision", "triton", "torchmetrics", "scikit-learn", "numpy",
     "hydra-core", "tensorboard",
@@ -90,33 +82,39 @@ class Dashboard:
         they are lines beside the others.
     """
 
-    def __init__(self, monitor: Monitor, task: Task, floor: Mapping[str, float]) -> None:
-        self.monitor, self.writer, self.task, self.floor = monitor, monitor.writer, task, floor
+    def __init__(
+        self, monitor: Monitor, evaluator: Evaluator[Any], floor: Mapping[str, float]
+    ) -> None:
+        self.monitor, self.writer, self.floor = monitor, monitor.writer, floor
+        self.evaluator, self.task = evaluator, evaluator.task
         self.arranged: dict[str, Any] = {}
         self.curves: dict[str, dict[str, Any]] = {}  # of held-out images
 
     @torch.no_grad()
-    def show(self, step: int, judged: Judged) -> None:
+    def show(self, step: int, evaluation: Evaluation) -> None:
         for tag, value in self.floor.items():
             self.writer.add_scalar(tag, value, step)
         charts = layout(self.monitor.tags | self.floor.keys())
         if charts != self.arranged:
             self.writer.add_custom_scalars(charts)
             self.arranged = charts
-        for way, (reference, seen) in judged.seen.items():
+        for way, (reference, generated) in evaluation.observed.items():
             name = way.removeprefix("_") or "samples"
-            if seen.labels is not None and seen.read is not None:
+            if generated.labels is not None and generated.predicted is not None:
                 self.writer.add_figure(
-                    f"confusion/{name}", confusion(seen, self.task.num_classes or 0), step
+                    f"confusion/{name}", confusion(generated, self.task.num_classes or 0), step
                 )
             if way not in self.curves:
                 self.curves[way] = _curve(reference, reference.held_out)
-            for tag, curve in ((name, _curve(reference, seen)), (f"{name}_real", self.curves[way])):
+            for tag, curve in (
+                (name, _curve(reference, generated)),
+                (f"{name}_real", self.curves[way]),
+            ):
                 self.writer.add_pr_curve_raw(
                     f"precision_recall/{tag}", **curve, global_step=step, num_thresholds=PRD_SLOPES
                 )
         with input_statistics(self.task.averaged) as statistics:
-            for name, (images, columns) in self.task.pictures().items():
+            for name, (images, columns) in self.evaluator.pictures().items():
                 self.monitor.grid(name, images, columns, step)
         networks = {**self.task.averaged, **self.task.discriminators}
         for name, values in (norm_tensors(networks) | statistics).items():
@@ -126,7 +124,11 @@ class Dashboard:
     def compare(self, config: dict[str, Any], quality: dict[str, float]) -> None:
         """The run's line in the HParams tab, in its own event file: its settings, final/FIGURE
         (the mean over both directions of a translation)."""
-        final = {f"final/{name}": average(name, quality) for name in FINAL}
+        final = {
+            f"final/{name}": average(name, quality)
+            for name, figure in FIGURES.items()
+            if figure.compared
+        }
         for tag, value in final.items():
             if value is not None:
                 self.writer.add_scalar(tag, value)
@@ -140,15 +142,18 @@ class Dashboard:
             self.writer._get_file_writer().add_summary(summary)
 
 
-def _curve(reference: Reference, seen: Seen) -> dict[str, Any]:
+def _curve(reference: ReferenceSet, images: Observations) -> dict[str, Any]:
     """What a PR curve consists of; in the place of its four counts, the shares of 100 images:
     generated ones among real ones and beside them, none, real ones that were not generated."""
-    precision, recall = precision_recall_curve(reference.real.features, seen.features)
-    counts = (precision, 1 - precision, torch.zeros_like(recall), 1 - recall)
-    names = ("true_positive", "false_positive", "true_negative", "false_negative")
-    pairs = zip(names, counts, strict=True)
-    found = {f"{name}_counts": (100 * share).round().numpy() for name, share in pairs}
-    return {**found, "precision": precision.numpy(), "recall": recall.numpy()}
+    precision, recall = precision_recall_curve(reference.real.features, images.features)
+    shares = {
+        "true_positive": precision,
+        "false_positive": 1 - precision,
+        "true_negative": torch.zeros_like(recall),
+        "false_negative": 1 - recall,
+    }
+    counts = {f"{name}_counts": (100 * x).round().numpy() for name, x in shares.items()}
+    return {**counts, "precision": precision.numpy(), "recall": recall.numpy()}
 
 
 def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
@@ -160,10 +165,13 @@ def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
     """
     tags = list(tags)
     charts: dict[str, dict[str, list[str]]] = {category: {} for category in CHARTS}
-    for figure in QUALITY:
-        for name in (figure, f"{figure}_AtoB", f"{figure}_BtoA"):
+    for key, figure in FIGURES.items():
+        if figure.needs == "cycle":
+            charts["quality"][key] = [rf"quality/{key}_[AB]"]
+            continue
+        for name in (key, f"{key}_AtoB", f"{key}_BtoA"):
             lines = [f"quality/{name}", f"quality_raw/{name}", f"reference/{name}_real"]
-            if figure in HIGHER_IS_BETTER:
+            if figure.higher:
                 lines.append(f"reference/{name}_untranslated")
             charts["quality"][name] = lines
     for category, patterns in CHARTS.items():
@@ -179,10 +187,10 @@ def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
     return {category: by_title for category, by_title in shown.items() if by_title}
 
 
-def confusion(seen: Seen, classes: int) -> Figure:
+def confusion(images: Observations, classes: int) -> Figure:
     """A heat map: class asked for x class that the classifier of real images reads, in percent."""
-    assert seen.labels is not None and seen.read is not None
-    asked, read = seen.labels.cpu(), seen.read.cpu()
+    assert images.labels is not None and images.predicted is not None
+    asked, read = images.labels.cpu(), images.predicted.cpu()
     figure = Figure(figsize=(5, 4.2))
     ConfusionMatrixDisplay.from_predictions(
         asked, read, normalize="true", labels=range(classes), values_format=".0%",
@@ -205,7 +213,7 @@ def norm_tensors(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         for name, layer in norm_layers(network).items()
     }
     names = list(layers)
-    found = {}
+    tensors = {}
     for i in evenly(len(names), min(len(names), LAYERS)).tolist():
         for key in ("weight", "bias", "running_mean", "running_var"):
             tensor = getattr(layers[names[i]], key, None)
@@ -213,22 +221,22 @@ def norm_tensors(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
                 continue
             full = f"{names[i]}/{key}"
             if tensor.dim() == 1:
-                found[full] = tensor
+                tensors[full] = tensor
             else:
                 rows = evenly(len(tensor), min(len(tensor), CLASSES)).tolist()
-                found |= {f"{full}/class_{k}": tensor[k] for k in rows}
-    return found
+                tensors |= {f"{full}/class_{k}": tensor[k] for k in rows}
+    return tensors
 
 
 def hyperparameters(config: dict[str, Any]) -> dict[str, str | float]:
     """HPARAMS of a composed config; a list in one word, what is not set as 0."""
-    found: dict[str, str | float] = {}
+    values: dict[str, str | float] = {}
     for key in HPARAMS:
         value = OmegaConf.select(OmegaConf.create(config), key)
         if isinstance(value, Iterable) and not isinstance(value, str):
             value = ",".join(map(str, value)) or "none"
-        found[key] = 0.0 if value is None else value
-    return found
+        values[key] = 0.0 if value is None else value
+    return values
 
 
 def environment(device: str) -> str:

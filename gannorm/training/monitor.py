@@ -19,7 +19,7 @@ class Monitor:
     """Writes to a run folder. After a resume at step k whatever was logged beyond k goes."""
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
-        self.run_dir = run_dir
+        self.run_dir, self.start_step = run_dir, start_step
         (run_dir / "samples").mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
         if path.exists():

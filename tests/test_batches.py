@@ -6,13 +6,14 @@ import random
 import numpy as np
 import pytest
 import torch
+from digit_data import digit_data
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from torch.nn.functional import interpolate
 
-from gannorm.config import DigitsConfig, FolderConfig
 from gannorm.data import batches, build_data, fetch_all
 from gannorm.errors import RequestError
+from gannorm.schema import FolderConfig
 
 SIZE = 16
 
@@ -22,11 +23,22 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def digits(name: str = "digits", size: int = SIZE, channels: int = 3):
-    return build_data(DigitsConfig(name, size, channels, 8, 0))
+    return digit_data(name, size, channels, 8, 0)
 
 
 def folder(name, root, size=8, load_size=12, channels=3, flip=True):
-    return build_data(FolderConfig(name, size, channels, 2, 0, str(root), load_size, flip))
+    return build_data(
+        FolderConfig(
+            name=name,
+            image_size=size,
+            channels=channels,
+            batch_size=2,
+            num_workers=0,
+            root=str(root),
+            load_size=load_size,
+            flip=flip,
+        )
+    )
 
 
 def check_images(source, size, channels, count):

@@ -1,0 +1,39 @@
+"""What training data is made of."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+
+
+class Source(Protocol):
+    """Samples by index. `fetch` may draw on the generator alone for its randomness."""
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, index: list[int], generator: torch.Generator) -> Batch: ...
+
+    def digest(self) -> str:
+        """A word for the content: of all that `fetch` depends on but its arguments."""
+        ...
+
+
+@dataclass
+class Data:
+    """A data set: images float32 (N, C, S, S) in [-1, 1].
+
+    domains: the training sources; one with keys "image" and "label" (class-conditional models),
+        or two with key "image" (translation: A, then B).
+    test: the held-out part, the same keys, never augmented; for `digits_m` both domains carry
+        labels, and B[i] is the true translation of A[i]. Where nothing is held out, `real`'s.
+    real: the training images without augmentation, which samples are measured against.
+    """
+
+    domains: list[Source]
+    test: list[Source]
+    real: list[Source]
+    num_classes: int | None = None
+    counterparts: bool = False  # test B[i] is the true translation of test A[i]

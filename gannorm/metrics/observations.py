@@ -1,0 +1,31 @@
+"""What networks see in images: features, logits, predicted classes."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Observations:
+    """Some images as the networks see them; None for what there is not."""
+
+    features: Tensor  # (N, D)
+    logits: Tensor  # (N, K)
+    predicted: Tensor | None = None  # (N,), by a classifier of the domain
+    labels: Tensor | None = None  # (N,)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: Tensor | slice) -> "Observations":
+        return Observations(*(None if v is None else v[index] for v in self.values()))  # type: ignore[arg-type]
+
+    def values(self) -> list[Tensor | None]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+    @classmethod
+    def joined(cls, parts: Iterable["Observations"]) -> "Observations":
+        columns = zip(*(part.values() for part in parts), strict=True)
+        return cls(*(None if c[0] is None else torch.cat(c) for c in columns))  # type: ignore[arg-type]

@@ -1,0 +1,199 @@
+"""The typed schema of `conf/`: a class for each kind of section, a field for each key.
+
+The YAML files hold the values, these classes the types and bounds (`gannorm.config.typed` joins
+them). Names of norms, data sets, tasks, losses and figures are looked up in their tables.
+"""
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Widths = Annotated[list[PositiveInt], Field(min_length=1)]
+Augmentation = Literal["color", "translation", "cutout"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        if (
+            isinstance(value, bool)
+            and cls.model_fields[str(info.field_name)].annotation is not bool
+        ):
+            raise ValueError("must not be true or false")  # which pydantic reads as 1 and 0
+        return value
+
+
+class ModelConfig(Section):
+    name: str
+
+
+class CycleGANConfig(ModelConfig):
+    width: PositiveInt  # channels of the generator's first convolution (ngf)
+    blocks: NonNegativeInt  # residual blocks
+    downsamplings: NonNegativeInt
+    dropout: bool
+    d_width: PositiveInt  # channels of the discriminator's first convolution (ndf)
+    d_layers: NonNegativeInt  # stride-2 convolutions; 3 is the 70x70 PatchGAN
+    d_spectral_norm: bool
+    cycle_weight: NonNegativeFloat
+    identity_weight: NonNegativeFloat  # relative to cycle_weight
+    pool_size: NonNegativeInt  # past translations kept per discriminator
+
+
+class ResBlockGANConfig(ModelConfig):
+    z_dim: PositiveInt
+    block: Literal["preact", "postact"]
+    g_widths: Widths  # at 4x4, then behind each doubling of the resolution
+    g_spectral_norm: bool
+    d_widths: Widths  # behind each block
+    d_downsamplings: NonNegativeInt  # the first that many blocks halve the resolution
+    d_spectral_norm: bool
+    init: Literal["orthogonal", "xavier", "normal"]
+
+    @model_validator(mode="after")
+    def _check(self) -> "ResBlockGANConfig":
+        if self.d_downsamplings > len(self.d_widths):
+            raise ValueError(
+                f"model.d_downsamplings={self.d_downsamplings} must not exceed the number of "
+                f"blocks in model.d_widths={self.d_widths}"
+            )
+        return self
+
+
+class NormConfig(Section):
+    name: str
+    backend: Literal["auto", "triton", "torch"]
+
+
+class NoNormConfig(NormConfig):
+    pass
+
+
+def _mean_and_std(pair: list[float]) -> list[float]:
+    if len(pair) != 2 or not all(map(math.isfinite, pair)) or pair[1] < 0:
+        raise ValueError("must be a mean and a standard deviation, the latter not negative")
+    return pair
+
+
+class LayerNormConfig(NormConfig):
+    eps: NonNegativeFloat
+    affine: bool
+    # Mean and standard deviation of the weights at the start; null: the model's.
+    weight_init: Annotated[list[float], AfterValidator(_mean_and_std)] | None
+
+    @model_validator(mode="after")
+    def _check(self) -> "LayerNormConfig":
+        if self.weight_init is not None and not self.affine:
+            raise ValueError(
+                f"norm.weight_init={self.weight_init} needs a weight; set norm.affine=true"
+            )
+        return self
+
+
+class InstanceNormConfig(LayerNormConfig):
+    pass
+
+
+class GroupNormConfig(LayerNormConfig):
+    num_groups: PositiveInt  # at most: a layer with fewer channels has one group a channel
+
+
+class BatchNormConfig(LayerNormConfig):
+    momentum: Share
+    var_estimator: Literal["unbiased", "biased"]
+    running_var_init: NonNegativeFloat  # what evaluation divides by before the first batch
+
+
+class DataConfig(Section):
+    name: str
+    image_size: PositiveInt
+    channels: Literal[1, 3]  # grey or colour
+    batch_size: PositiveInt
+    num_workers: NonNegativeInt
+
+
+class DigitsConfig(DataConfig):
+    pass
+
+
+class FolderConfig(DataConfig):
+    root: str
+    load_size: PositiveInt  # resized to this, then cropped to image_size at random
+    flip: bool
+
+
+class TorchvisionConfig(DataConfig):
+    root: str
+    download: bool
+    flip: bool
+
+
+class LossConfig(Section):
+    gan: str
+    r1: NonNegativeFloat  # penalty on the discriminator's gradient at real images
+    r2: NonNegativeFloat  # at generated ones
+    gradient_penalty: NonNegativeFloat  # between them, towards a gradient of norm 1 (WGAN-GP)
+    diffaugment: list[Augmentation]  # of what the discriminator sees
+
+
+class OptimConfig(Section):
+    lr_g: PositiveFloat
+    lr_d: PositiveFloat
+    beta1: Beta
+    beta2: Beta
+    d_steps: PositiveInt  # discriminator steps per generator step
+    decay_from: Share  # fraction of the run after which lr falls linearly to 0
+    clip_norm: PositiveFloat | None  # largest gradient norm per network
+    ema_decay: Share
+    ema_start: NonNegativeInt  # until this step the average is a copy
+
+
+class TrainerConfig(Section):
+    steps: PositiveInt
+    device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["fp32", "bf16", "fp16"]
+    log_every: PositiveInt
+    sample_every: PositiveInt
+    eval_every: PositiveInt
+    checkpoint_every: PositiveInt
+    keep_checkpoints: PositiveInt  # the newest that many stay
+
+
+class MetricsConfig(Section):
+    extractor: Literal["embedded", "inception"]
+    weights: str | None  # Inception's file; null: downloaded
+    samples: PositiveInt | None  # generated for an evaluation; null: as many as are held out
+    standing_batches: NonNegativeInt  # that renew the batch norms' statistics; 0: the training's
+    best: str  # what best.pt is the best of; the mean of both directions
+    patience: PositiveInt | None  # evaluations without a better one that end the run
+    cache: str  # folder of the trained extractors and the real images' features
+
+
+class Config(Section):
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    resume: str | None
+    model: ModelConfig
+    norm: NormConfig
+    data: DataConfig
+    loss: LossConfig
+    optim: OptimConfig
+    trainer: TrainerConfig
+    metrics: MetricsConfig

@@ -1,0 +1,99 @@
+"""What a run says: at its start, beside its bar, at its end, in summary.json."""
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import gannorm
+from gannorm.data import Data
+from gannorm.metrics.figures import FIGURES, average, base
+from gannorm.schema import Config
+from gannorm.tasks import Task
+
+
+def say(text: str) -> None:
+    tqdm.write(text)
+
+
+def describe(
+    cfg: Config, task: Task, data: Data, run_dir: Path, start_from: Path | None, step: int
+) -> str:
+    sizes = ", ".join(
+        f"{name} {sum(p.numel() for p in net.parameters()):,}"
+        for name, net in task.networks.items()
+    )
+    samples = " + ".join(f"{len(source):,}" for source in data.domains)
+    lines = [
+        f"{cfg.model.name}, norm {cfg.norm.name}, data {cfg.data.name} ({samples} images), "
+        f"{device_name(task.device)}, {cfg.trainer.precision}",
+        f"parameters: {sizes}",
+        f"run folder: {run_dir}",
+    ]
+    if start_from is not None:
+        lines.append(f"continued from {start_from} at step {step}")
+    return "\n".join(lines)
+
+
+def postfix(
+    figures: dict[str, float], groups: dict[str, dict[str, float]], share: float
+) -> dict[str, str]:
+    losses = {k.removeprefix("loss/"): v for k, v in figures.items() if k.startswith("loss/")}
+    few = {k: f"{v:.2f}" for k, v in list(losses.items())[:3]}
+    quality = groups.get("quality", {})
+    for name in ("fid", "accuracy"):
+        value = average(name, quality)
+        few |= {} if value is None else {name: f"{value:.3g}"}
+    return few | {"evaluation": f"{share:.0%} of the time"}
+
+
+def closing(summary: dict[str, Any], run_dir: Path) -> str:
+    lines = []
+    for name, value in summary["quality"].items():
+        if "/" in name:  # a single class's
+            continue
+        beside = [
+            f"{key.removeprefix(name + '_')} {shown(name, v)}"
+            for key, v in summary["reference"].items()
+            if key.startswith(name + "_")
+        ]
+        lines.append(
+            f"{name}: {shown(name, value)}" + (f"  ({', '.join(beside)})" if beside else "")
+        )
+    lines += [
+        f"{summary['steps']} steps in {summary['training_seconds']:.0f} s "
+        f"({summary['images_per_second']:.0f} images/s), "
+        f"{summary['evaluation_seconds']:.0f} s of evaluation",
+        f"samples: {run_dir / 'samples'}",
+        f"tensorboard --logdir {run_dir}",
+    ]
+    return "\n".join(lines)
+
+
+def shown(name: str, value: float) -> str:
+    figure = FIGURES.get(base(name))
+    return format(value, ".4f" if figure is None else figure.form)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    return {
+        "gannorm": gannorm.__version__,
+        "torch": str(torch.__version__),  # a TorchVersion would not load as plain values
+        "python": platform.python_version(),
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
