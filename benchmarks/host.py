@@ -6,13 +6,13 @@ Forward and backward of small inputs on the Triton path, on a machine with or wi
 kernels are compiled for sm_90, and Triton's driver is one whose launches return at once. What
 remains is what the host does before a kernel can start: checks, autograd, plans, allocations and
 looking up the compiled kernel. Beside it torch's own operations on the same tensors, which do their
-arithmetic too (a few microseconds at this size), and ours on a CPU: native code, and the torch ops
-that serve where there is none.
+arithmetic too (a few microseconds at this size), and ours on a CPU: C, and the
+composition of torch ops that runs where there is no compiler.
 
 The parts are measured in a second pass, by clocks around the functions in SPANS; a clock's own
 time is subtracted. Labels are not looked into, as on a GPU. It relies on:
 `triton.runtime.driver.set_active`, a compiled kernel taking its launcher from that driver
-(`launcher_cls`, `utils.load_binary`), `gannorm.norms.backend._runs_on_cpu` and
+(`launcher_cls`, `utils.load_binary`), `gannorm.norms.backend._interprets` and
 `gannorm.norms.functional.check_label_values`.
 """
 
@@ -21,8 +21,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -35,7 +34,7 @@ import torch
 from benchmarks import cases, timing
 from benchmarks.cases import Case
 from gannorm import use_backend
-from gannorm.norms import cpu, functional
+from gannorm.norms import functional
 
 # Where time is spent: (module, attribute), innermost clock counts. One that has gone is named in
 # the output.
@@ -53,6 +52,7 @@ SPANS: dict[str, list[tuple[str, str]]] = {
     "allocation": [("torch", "empty_like")]
     + [("torch", f"Tensor.{name}") for name in ("new_empty", "new_empty_strided")],
 }
+BACKEND_OF = {"ours": "triton", "torch": "torch", "cpu": "cpu", "composed": "torch"}
 ROUNDS = 10
 CASES = [
     Case("instance", (1, 4, 8, 8), "relu"),
@@ -126,9 +126,9 @@ def stub(launched: Callable[..., None]) -> None:
     from gannorm.norms import backend
 
     driver.set_active(StubDriver(launched))
-    if not callable(backend._runs_on_cpu):
-        raise TypeError("gannorm.norms.backend._runs_on_cpu is no function any more")
-    backend._runs_on_cpu = lambda: True  # what a CUDA tensor is not asked
+    if not callable(backend._interprets):
+        raise TypeError("gannorm.norms.backend._interprets is no function any more")
+    backend._interprets = lambda: True  # what a CUDA tensor is not asked
     functional.check_label_values = lambda *_: None  # what is not done to a CUDA tensor
 
 
@@ -140,25 +140,13 @@ def _forward(case: Case, t: cases.Tensors, f: Callable[[Case, cases.Tensors], An
     f(case, t)
 
 
-@contextmanager
-def _on(who: str) -> Iterator[None]:
-    """Norms run on the backend of contestant `who`."""
-    with use_backend("triton" if who == "ours" else "torch"):
-        if who != "composed":
-            yield
-            return
-        refused = mock.patch.object(cpu, "serves", lambda x: False)
-        with refused, mock.patch.dict(functional._calls, clear=True):
-            yield
-
-
 def medians(runs: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, float]:
     """Microseconds of a call; the contestants take turns, ROUNDS times some calls at a stretch."""
     found: dict[str, list[float]] = {who: [] for who in runs}
     for _ in range(ROUNDS):
         for who, run in runs.items():
             samples = []
-            with _on(who):
+            with use_backend(BACKEND_OF[who]):
                 run()
                 for _ in range(repeats // ROUNDS):
                     began = time.perf_counter_ns()
@@ -206,16 +194,16 @@ def measure(case: Case, repeats: int, launches: list[None]) -> dict[str, Any]:
     row: dict[str, Any] = {"name": str(case)}
     for direction, call in (("forward", _forward), ("both", _call)):
         mine = partial(call, case, t, cases.ours)
-        with _on("ours"):
+        with use_backend("triton"):
             mine()  # compiles the kernels
             del launches[:]
             mine()
         row[direction] = {"kernels": len(launches)}
         twin = partial(call, case, t, cases.eager)
-        runs = {"ours": mine, "torch": twin, "native": mine, "composed": mine}
+        runs = {"ours": mine, "torch": twin, "cpu": mine, "composed": mine}
         found = medians(runs, repeats)
         row[direction] |= {f"{who}_us": us for who, us in found.items()}
-    with _on("ours"):
+    with use_backend("triton"):
         row["parts_us"], row["not_found"] = parts(partial(_call, case, t, cases.ours), repeats)
     return row
 
@@ -244,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         for direction in ("forward", "both"):
             d = row[direction]
             print(f"    {direction:24} ours {d['ours_us']:7.1f}  torch {d['torch_us']:7.1f}  "
-                  f"native {d['native_us']:7.1f}  composed {d['composed_us']:7.1f}  "
+                  f"cpu {d['cpu_us']:7.1f}  composed {d['composed_us']:7.1f}  "
                   f"{d['kernels']} kernels")  # fmt: skip
         for label, microseconds in sorted(row["parts_us"].items(), key=lambda item: -item[1]):
             print(f"        {label:24} {microseconds:7.1f}")

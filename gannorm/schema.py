@@ -80,7 +80,7 @@ class ResBlockGANConfig(ModelConfig):
 
 class NormConfig(Section):
     name: str
-    backend: Literal["auto", "triton", "torch"]
+    backend: Literal["auto", "triton", "cpu", "torch"]
 
 
 class NoNormConfig(NormConfig):

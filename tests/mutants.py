@@ -33,23 +33,23 @@ REF, FUN, NORMS, BASE, AUTO, CHECKS, CONV, BACK, OPS = (
         "ops",
     )
 )  # fmt: skip
-NATIVE, NATIVE_C, REAL = (
+CPU, CPU_C, REAL = (
     f"gannorm/norms/cpu/{name}" for name in ("__init__.py", "norm.c", "norm_real.c")
 )
 TILE, LAUNCH = "kernels/tile.py", "kernels/launch.py"
 HELD, SPLIT, LAYOUT = "kernels/held.py", "kernels/split.py", "kernels/layout.py"
 
 GAPS = "test_norm_gaps.py -k "
-INST_REF = "test_instance_norm.py -k 'against and composed and float64'"
-INST_NATIVE = "test_instance_norm.py -k 'against and torch and not composed and not triton'"
+INST_REF = "test_instance_norm.py -k 'against and torch and float64'"
+INST_CPU = "test_instance_norm.py -k 'against and cpu'"
 INST_TRI = "test_instance_norm.py -k 'against and triton and float64 and not 67'"
 RELU, LEAKY, SILU, INNER, AFTER = (
     f"test_instance_norm.py -k 'against and triton and float64 and not 67 and {e}'"
     for e in ("relu and not leaky", "leaky", "silu", "residual and not after", "residual_after")
 )
-BATCH_REF = "test_batch_norm.py -k 'against and composed and float64'"
-ROWS = "test_native.py -k 'rows and against or far_from'"
-BATCH_NATIVE = "test_batch_norm.py -k 'against and torch and not composed and not triton'"
+BATCH_REF = "test_batch_norm.py -k 'against and torch and float64'"
+ROWS = "test_cpu.py -k 'rows and against or far_from'"
+BATCH_CPU = "test_batch_norm.py -k 'against and cpu'"
 BATCH_TRI = "test_batch_norm.py -k 'against and triton and float64 and not 67'"
 EVAL_TRI = "test_batch_norm.py -k 'against and triton and float64 and not 67 and False'"
 SECOND = "test_autograd.py -k 'gradgradcheck and not triton'"
@@ -74,26 +74,26 @@ MUTANTS = tuple(Mutant(*m) for m in (
     # statistics, reference
     ("ref one-pass variance", REF, "small.square().mean(2), groups) - (error * unit).square()",
      "(x * _per_channel(unit, n, c, groups)).square().mean(2), groups) - (mean * unit).square()",
-     "test_instance_norm.py -k 'offsets and composed'"),
+     "test_instance_norm.py -k 'offsets and torch'"),
     ("ref no shift", REF, "centred = x - _per_channel(first, n, c, groups)",
-     "first, centred = first * 0, x.clone()", "test_instance_norm.py -k 'constant and composed'"),
+     "first, centred = first * 0, x.clone()", "test_instance_norm.py -k 'constant and torch'"),
     ("ref mean error dropped", REF, "+ (offset - part)).detach()",
-     "+ (offset - part)).detach() * 0", GAPS + "'ladder and composed'"),
+     "+ (offset - part)).detach() * 0", GAPS + "'ladder and torch'"),
     ("ref eps outside the root", REF, "(var + spec.eps).rsqrt()",
      "(var.sqrt() + spec.eps).reciprocal()", INST_REF),
     ("ref squares overflow", REF, "power > 2.0**60", "power > 2.0**600",
-     "test_inputs.py -k 'magnitude and composed'"),
+     "test_inputs.py -k 'magnitude and torch'"),
     ("ref eps unscaled", REF, "spec.eps * unit.double().square()", "spec.eps",
-     "test_inputs.py -k 'magnitude and composed'"),
+     "test_inputs.py -k 'magnitude and torch'"),
     ("ref group order", REF, "stat.view(n, groups, 1).expand(n, groups, c // groups)",
      "stat.view(n, 1, groups).expand(n, c // groups, groups)", INST_REF),
     ("ref dtype of half", REF, "inplace).to(x.dtype), stats", "inplace), stats",
-     "test_instance_norm.py -k 'half and composed'"),
+     "test_instance_norm.py -k 'half and torch'"),
     ("ref input mutated", REF, "        y = wide - mean", "        y = wide.detach().sub_(mean"
-     ".view(1, c, 1)) + 0 * mean", GAPS + "'mutated and composed'"),
+     ".view(1, c, 1)) + 0 * mean", GAPS + "'mutated and torch'"),
     # affine and epilogue, reference
     ("ref row 0 for all", REF, "else table[labels])", "else table[labels * 0])",
-     "test_instance_norm.py -k 'loop and composed'"),
+     "test_instance_norm.py -k 'loop and torch'"),
     ("ref one expand_dims", REF, "(table if labels is None else table[labels]).unsqueeze(-1)",
      "table.unsqueeze(-1) if labels is None else table[labels].unsqueeze(-2)",
      GAPS + "'rows and not triton'"),
@@ -119,58 +119,58 @@ MUTANTS = tuple(Mutant(*m) for m in (
      INST_REF),
     ("ref inner residual gradient", REF, "dbias, g.to(dy.dtype)", "dbias, dy", INST_REF),
     ("ref table gradient row", REF, "index_add_(0, labels", "index_add_(0, labels.flip(0)",
-     "test_batch_norm.py -k 'against and composed'"),
+     "test_batch_norm.py -k 'against and torch'"),
     ("ref detached variance", REF, "(var + spec.eps)", "(var.detach() + spec.eps)", SECOND),
-    # native code
-    ("native merge of means", REAL, "(long double)delta * share", "(long double)delta * 0.5",
-     "test_native.py -k 'against and few'"),
-    ("native spread between pieces", REAL, "b.squares + delta * delta", "b.squares + delta",
-     "test_native.py -k 'against and few'"),
-    ("native second look", REAL, "square - (double)sum * sum / count", "square",
-     "test_inputs.py -k 'offsets and torch'"),
-    ("native overflow", REAL, "if (isfinite(m.squares)) return m;", "return m;",
-     "test_inputs.py -k 'magnitude and torch'"),
-    ("native overflow in columns", REAL, "if (!isfinite(m.squares)) {", "if (0) {",
-     "test_inputs.py -k 'magnitude and torch'"),
-    ("native columns", REAL, "NAME(merge)(found + j, m);", "found[j] = m;",
-     "test_native.py -k 'against and short'"),
-    ("native rounded mean", REAL, "(REAL)(mean - rounded)", "0",
-     "test_inputs.py -k 'offsets and torch'"),
-    ("native running variance", REAL, "(REAL)(var * p->bessel)", "(REAL)var",
-     "test_batch_norm.py -k 'torch and not composed'"),
-    ("native NaN in the running mean", REAL,
+    # the C code
+    ("cpu merge of means", REAL, "(long double)delta * share", "(long double)delta * 0.5",
+     "test_cpu.py -k 'against and few'"),
+    ("cpu spread between pieces", REAL, "b.squares + delta * delta", "b.squares + delta",
+     "test_cpu.py -k 'against and few'"),
+    ("cpu second look", REAL, "square - (double)sum * sum / count", "square",
+     "test_inputs.py -k 'offsets and cpu'"),
+    ("cpu overflow", REAL, "if (isfinite(m.squares)) return m;", "return m;",
+     "test_inputs.py -k 'magnitude and cpu'"),
+    ("cpu overflow in columns", REAL, "if (!isfinite(m.squares)) {", "if (0) {",
+     "test_inputs.py -k 'magnitude and cpu'"),
+    ("cpu columns", REAL, "NAME(merge)(found + j, m);", "found[j] = m;",
+     "test_cpu.py -k 'against and short'"),
+    ("cpu rounded mean", REAL, "(REAL)(mean - rounded)", "0",
+     "test_inputs.py -k 'offsets and cpu'"),
+    ("cpu running variance", REAL, "(REAL)(var * p->bessel)", "(REAL)var",
+     "test_batch_norm.py -k 'cpu'"),
+    ("cpu NaN in the running mean", REAL,
      "if ((m && !isfinite(rounded)) || (v && !isfinite(spread))) return;", "",
-     "test_batch_norm.py -k 'non_finite and torch'"),
-    ("native gain of dx", REAL, "(gain ? gain[j] : 1) * gx_sum[j]", "gx_sum[j]", BATCH_NATIVE),
-    ("native mean of dx", REAL, "(of[1] * a.lag[j] - of[0])", "(of[1] * a.lag[j])", BATCH_NATIVE),
-    ("native slope of dx", REAL, "(-of[1] * a.rstd[j])", "(of[1] * a.rstd[j])", BATCH_NATIVE),
-    ("native labels of the gradient", REAL, "* p->c + first;\n      if", "* 0 + first;\n      if",
-     BATCH_NATIVE),
-    ("native later parts of a plane", REAL, "(start ? g_sum[j] : 0) + sum;", "sum;",
-     "test_native.py -k 'against and planes'"),
-    ("native later cuts of rows", REAL, "(start ? g_sum[j] : 0) + sum[j];", "sum[j];",
-     "test_native.py -k 'against and rows'"),
-    ("native means of rows", REAL, "(WIDE)delta * share", "(WIDE)delta * 0.4", ROWS),
-    ("native spread between stretches", REAL, "others[j] + delta * delta * (seen * share)",
+     "test_batch_norm.py -k 'non_finite and cpu'"),
+    ("cpu gain of dx", REAL, "(gain ? gain[j] : 1) * gx_sum[j]", "gx_sum[j]", BATCH_CPU),
+    ("cpu mean of dx", REAL, "(of[1] * a.lag[j] - of[0])", "(of[1] * a.lag[j])", BATCH_CPU),
+    ("cpu slope of dx", REAL, "(-of[1] * a.rstd[j])", "(of[1] * a.rstd[j])", BATCH_CPU),
+    ("cpu labels of the gradient", REAL, "* p->c + first;\n      if", "* 0 + first;\n      if",
+     BATCH_CPU),
+    ("cpu later parts of a plane", REAL, "(start ? g_sum[j] : 0) + sum;", "sum;",
+     "test_cpu.py -k 'against and planes'"),
+    ("cpu later cuts of rows", REAL, "(start ? g_sum[j] : 0) + sum[j];", "sum[j];",
+     "test_cpu.py -k 'against and rows'"),
+    ("cpu means of rows", REAL, "(WIDE)delta * share", "(WIDE)delta * 0.4", ROWS),
+    ("cpu spread between stretches", REAL, "others[j] + delta * delta * (seen * share)",
      "others[j]", ROWS),
-    ("native spread between channels", REAL, "seen * d * d", "0 * d * d", ROWS),
-    ("native last stretch", REAL, "k % chunks == chunks - 1 ? rest : stretch", "stretch", ROWS),
-    ("native overflow in rows", REAL, "if (finite) return;", "return;",
-     "test_native.py -k out_of_range"),
-    ("native middle of long rows", REAL, "few = least(at.count, LANES);",
-     "few = least(least(at.count, length_of(p)), LANES);", "test_native.py -k keep_the_digits"),
-    ("native output of windows", NATIVE, "memory_format=torch.contiguous_format",
-     "memory_format=torch.preserve_format", "test_native.py -k overlapping"),
-    ("native narrow rows", REAL, "a[i] = a[i - at.planes]", "a[i] = a[0]", ROWS),
-    ("native gradient in rows", NATIVE, "torch.empty_like(x, dtype=t.dtype).copy_(t)",
-     "t.contiguous()", "test_native.py -k channels_last"),
-    ("native silu", REAL, "NAME(fma)(v, 1 - s, 1)", "NAME(fma)(v, s, 1)", INST_NATIVE),
-    ("native bfloat16 ties", NATIVE_C, "0x7fff + (bits >> 16 & 1)", "0x8000",
-     "test_native.py -k ties"),
-    ("native cuts", NATIVE_C, "k % chunks * length, c =", "0, c =", "test_native.py -k 'against'"),
+    ("cpu spread between channels", REAL, "seen * d * d", "0 * d * d", ROWS),
+    ("cpu last stretch", REAL, "k % chunks == chunks - 1 ? rest : stretch", "stretch", ROWS),
+    ("cpu overflow in rows", REAL, "if (finite) return;", "return;",
+     "test_cpu.py -k out_of_range"),
+    ("cpu middle of long rows", REAL, "few = least(at.count, LANES);",
+     "few = least(least(at.count, length_of(p)), LANES);", "test_cpu.py -k keep_the_digits"),
+    ("cpu output of windows", CPU, "memory_format=torch.contiguous_format",
+     "memory_format=torch.preserve_format", "test_cpu.py -k overlapping"),
+    ("cpu narrow rows", REAL, "a[i] = a[i - at.planes]", "a[i] = a[0]", ROWS),
+    ("cpu gradient in rows", CPU, "torch.empty_like(x, dtype=t.dtype).copy_(t)",
+     "t.contiguous()", "test_cpu.py -k channels_last"),
+    ("cpu silu", REAL, "NAME(fma)(v, 1 - s, 1)", "NAME(fma)(v, s, 1)", INST_CPU),
+    ("cpu bfloat16 ties", CPU_C, "0x7fff + (bits >> 16 & 1)", "0x8000",
+     "test_cpu.py -k ties"),
+    ("cpu cuts", CPU_C, "k % chunks * length, c =", "0, c =", "test_cpu.py -k 'against'"),
     ("compiled code avoids the kernels", REF, "maybe_current_level() is not None",
      "maybe_current_level() is None", "test_ops.py -k compiled_code"),
-    ("traced code gets native kernels", BACK, "eager and cpu", "cpu",
+    ("traced code gets C kernels", BACK, "eager and cpu", "cpu",
      "test_ops.py -k 'without_values'"),
     # the autograd Function
     ("constants in the double backward", AUTO, "given, call.spec)\n            pairs",

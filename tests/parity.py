@@ -1,18 +1,10 @@
-"""Shared by the norm tests: both backends, the epilogue written out in torch, tolerances."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest import mock
+"""Shared by the norm tests: the backends, the epilogue written out in torch, tolerances."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import gannorm
-from gannorm.norms import cpu, functional
-
-# "composed": the composition of torch ops everywhere, also where a CPU has faster kernels.
-BACKENDS = ("torch", "composed", "triton")
+BACKENDS = ("cpu", "torch", "triton")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 EPILOGUES = [
     {},
@@ -23,17 +15,6 @@ EPILOGUES = [
     {"activation": "relu", "residual": True},
     {"activation": "leaky_relu", "residual": True, "residual_after_activation": True},
 ]
-
-
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    with gannorm.use_backend("torch" if name == "composed" else name):
-        if name != "composed":
-            yield
-        else:
-            refused = mock.patch.object(cpu, "serves", lambda x: False)
-            with refused, mock.patch.dict(functional._calls, clear=True):
-                yield
 
 
 def epilogue(y: Tensor, residual: Tensor | None, e: dict) -> Tensor:

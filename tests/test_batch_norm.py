@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from parity import BACKENDS, EPILOGUES, TOLERANCE, close, compare, epilogue, leaf, use_backend
+from parity import BACKENDS, EPILOGUES, TOLERANCE, close, compare, epilogue, leaf
 from torch.nn import functional as F
 
+from gannorm import use_backend
 from gannorm.norms import functional as G
 
 SHAPES = [(4, 3, 4, 5), (5, 2), (7, 1, 3, 1), (2, 3, 67, 71), (37, 1, 8, 9)]
@@ -21,7 +22,7 @@ def table_norm(x, labels, w, b, mean, var, training):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("e", EPILOGUES, ids=str)
-def test_against_torch(backend, dtype, shape, training, e):
+def test_against_nn(backend, dtype, shape, training, e):
     torch.manual_seed(0)
     n, c = shape[:2]
     x = leaf(*shape, dtype=dtype, offset=3)

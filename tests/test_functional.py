@@ -164,7 +164,7 @@ def test_layer_norm_of_one_size():
 
 
 def test_unknown_backend_is_refused():
-    with pytest.raises(RequestError, match="cuda.*auto, triton, torch"), use_backend("cuda"):
+    with pytest.raises(RequestError, match="cuda.*auto, triton, cpu, torch"), use_backend("cuda"):
         pass
 
 
@@ -176,13 +176,50 @@ def test_use_backend_nests_and_restores():
     assert (module_for(X).__name__ == "gannorm.kernels") == X.is_cuda
 
 
+@pytest.mark.parametrize("name,module", [("cpu", "norms.cpu"), ("torch", "norms.composed")])
+def test_a_backend_is_what_its_name_says(name, module):
+    x = torch.randn(2, 3, 4, 4)
+    with use_backend(name):
+        assert module_for(x).__name__ == f"gannorm.{module}"
+        assert module_for(x[:0]).__name__ == "gannorm.norms.composed"  # nothing to do
+    assert module_for(x).__name__ == "gannorm.norms.cpu"
+
+
+def test_the_cpu_backend_refuses_what_is_elsewhere():
+    class Elsewhere:
+        is_meta = is_cpu = False
+        device = "xpu:0"
+
+    with use_backend("cpu"), pytest.raises(ValueError, match="'cpu' cannot run .* on xpu:0; move"):
+        module_for(Elsewhere())
+
+
+def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    own = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=own | environment, capture_output=True, text=True
+    )
+
+
+def test_the_environment_says_what_auto_means():
+    code = (
+        "import torch, gannorm; from gannorm.norms.backend import module_for\n"
+        "x = torch.randn(2, 3, 4, 4); gannorm.InstanceNorm2d(3)(x)\n"
+        "print(module_for(x).__name__)\n"
+        "with gannorm.use_backend('cpu'): print(module_for(x).__name__)"
+    )
+    done = in_a_process(code, GANNORM_BACKEND="torch")
+    assert done.stdout.split() == ["gannorm.norms.composed", "gannorm.norms.cpu"], done.stderr
+    wrong = in_a_process(code, GANNORM_BACKEND="gpu").stderr
+    assert "GANNORM_BACKEND='gpu' is unknown; choose one of auto, triton, cpu, torch" in wrong
+    missing = in_a_process(code, CC="no-such-compiler").stderr
+    assert "backend='cpu': the C kernels need Linux and a working C compiler" in missing
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the backend is there")
 def test_triton_without_gpu_or_interpreter_is_refused():
     code = "from gannorm import use_backend\nwith use_backend('triton'): pass"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
+    result = in_a_process(code)
     assert result.returncode != 0 and "TRITON_INTERPRET=1" in result.stderr
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from parity import BACKENDS, close, use_backend
+from parity import BACKENDS, close
 from torch.nn import functional as F
 
+from gannorm import use_backend
 from gannorm.norms import functional as G
 
 LABELS = torch.tensor([2, 0, 2])
@@ -78,7 +79,7 @@ def test_layouts(backend, op, layout):
         expected = theirs(*plain)
         close(y, expected, 1e-10)
         for kind, dy in GRADS.items():
-            if kind == "ordinary" or backend == "torch":
+            if kind == "ordinary" or backend == "cpu":
                 a = torch.autograd.grad(y, leaves, dy(expected), retain_graph=True)
                 e = torch.autograd.grad(expected, plain, dy(expected), retain_graph=True)
                 for p, q in zip(a, e, strict=True):
@@ -105,8 +106,8 @@ def test_a_gradient_of_stride_0(backend, op):
 # Errors of float32 far from 0, in eps: the largest of a call's outputs, beside the largest output,
 # and their root mean square, beside the outputs'. Rounding the exact result leaves up to 0.5 and
 # about 0.25; how much more the other roundings make is luck: over 40 seeds up to 1.2 and 0.6 in
-# native code, 1.6 and 1.0 on Triton, 1.8 and 1.6 composed.
-LIMITS = {"torch": (1.5, 0.75), "triton": (1.75, 1.25), "composed": (2.5, 2.0)}
+# C code, 1.6 and 1.0 on Triton, 1.8 and 1.6 in torch ops.
+LIMITS = {"cpu": (1.5, 0.75), "triton": (1.75, 1.25), "torch": (2.5, 2.0)}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -118,11 +119,11 @@ def test_offsets(backend, op, offset):
     Near 0 torch's error is of the same size, by luck more or less, and another on each processor.
     """
     ours, theirs = OPS[op]
-    # At 1e4 the squares are multiples of 2^-20, which native code's sums round by halves.
-    most, mean = LIMITS["composed" if backend == "torch" and offset > 1e3 else backend]
+    # At 1e4 the squares are multiples of 2^-20, which C code's sums round by halves.
+    most, mean = LIMITS["torch" if backend == "cpu" and offset > 1e3 else backend]
     eps = torch.finfo(torch.float32).eps
     errors = {"ours": 0.0, "torch": 0.0}
-    for seed in range(12 if backend == "torch" else 4):
+    for seed in range(12 if backend == "cpu" else 4):
         torch.manual_seed(seed)
         x = (torch.randn(3, 4, 32, 40).double() + offset).float()
         w, b = torch.randn(3, 4), torch.randn(3, 4)

@@ -4,11 +4,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from parity import BACKENDS, close, leaf, use_backend
+from parity import BACKENDS, close, leaf
 from torch import nn
 from torch.nn import functional as F
 
 import gannorm
+from gannorm import use_backend
 from gannorm.kernels.tile import at
 from gannorm.norms import functional as G
 

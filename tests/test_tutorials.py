@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from parity import BACKENDS, use_backend
+from parity import BACKENDS
 
 import gannorm
+from gannorm import use_backend
 from gannorm.models import resblock
 from gannorm.norms import functional as G
 from gannorm.schema import BatchNormConfig

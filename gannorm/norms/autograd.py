@@ -1,7 +1,7 @@
 """One autograd Function for every norm and all backends, differentiable any number of times.
 
 First order: the backend's own code. Second order: the gradient is differentiated through
-`reference.forward`, a composition of torch ops in which the statistics depend on the input. Saving
+`composed.forward`, a composition of torch ops in which the statistics depend on the input. Saving
 mean and variance as constants, or calling a raw kernel under `create_graph=True`, would be
 silently wrong.
 """
@@ -28,14 +28,14 @@ class Call(NamedTuple):
     """
 
     spec: NormSpec
-    backend: ModuleType  # kernels, native or reference
+    backend: ModuleType  # kernels, cpu or composed
     launches: Any = None  # those of the kernels, where they are the backend
     given: bool = False
     running: bool = False
     bessel: float = 1.0  # from the biased variance to the running one
     folded: bool = False  # the residual decides the activation's slope
     check_labels: bool = False  # before their rows are looked up
-    tell: bool = False  # the statistics too: compiled code moves the running ones outside
+    return_stats: bool = False  # the statistics too: compiled code moves the running ones outside
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, labels: Tensor | None,
@@ -51,7 +51,9 @@ class Call(NamedTuple):
                 composed.update_running((mean, var, momentum, self.bessel), stats)
             return y, stats
         given = (mean, var) if self.given else None
-        running = (mean, var, momentum, self.bessel) if self.running and not self.tell else None
+        running = (
+            (mean, var, momentum, self.bessel) if self.running and not self.return_stats else None
+        )
         return self.backend.forward(x, weight, bias, labels, residual, given, self.spec, running)
 
     def backward(
@@ -116,8 +118,8 @@ class _NormBackward(torch.autograd.Function):
                 create_graph=third_order,
                 allow_unused=True,
             )
-        found = iter(second)
-        return *(None if t is None else next(found) for t in twins), *([None] * 4)
+        grads_of = iter(second)
+        return *(None if t is None else next(grads_of) for t in twins), *([None] * 4)
 
 
 def _composed_backward(
@@ -133,12 +135,13 @@ def _composed_backward(
     with torch.enable_grad():
         given = (stats[0], stats[3]) if call.given else None
         y, _ = composed.forward(x, weight, bias, labels, residual, given, call.spec)
-    found = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], dy))
-    return tuple(None if t is None else next(found) for t in leaves)
+    grads = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], dy))
+    return tuple(None if t is None else next(grads) for t in leaves)
 
 
 class NormFunction(torch.autograd.Function):
-    """act((x - mean) * rstd * weight[label] + bias[label] (+ residual)): y; to `tell`, statistics.
+    """act((x - mean) * rstd * weight[label] + bias[label] (+ residual)), and the statistics where
+    they are to be returned.
 
     Saves the input and the statistics; a residual only where it decides the activation's slope.
     """
@@ -157,7 +160,7 @@ class NormFunction(torch.autograd.Function):
         ctx.call = call
         y, stats = call.forward(x, weight, bias, labels, residual, moments)
         ctx.save_for_backward(x, weight, bias, labels, residual if call.folded else None, stats)
-        if not call.tell:
+        if not call.return_stats:
             return y
         ctx.mark_non_differentiable(stats)
         return y, stats

@@ -1,5 +1,6 @@
-"""Which code runs the norms: Triton kernels, their torch twin, or differentiable torch ops."""
+"""Which code runs the norms: Triton kernels, C kernels, or plain torch ops."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,20 +13,23 @@ from torch import Tensor
 from gannorm.errors import RequestError
 from gannorm.norms import composed, cpu
 
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = ("auto", "triton", "cpu", "torch")
 HAS_TRITON = find_spec("triton") is not None
+AUTO = os.environ.get("GANNORM_BACKEND", "auto")  # what "auto" means in this process
 _backend: ContextVar[str] = ContextVar("backend", default="auto")
-_latest = [
-    "auto"
-]  # the same for the compiler, which cannot look into a ContextVar before torch 2.12
+_latest = ["auto"]  # for the compiler, which cannot look into a ContextVar before torch 2.12
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the norms inside the block on "triton", "torch", or "auto" (Triton for CUDA tensors).
+    """Run the norms inside the block on `name`.
+
+    "triton": the kernels of `gannorm.kernels`; "cpu": those in C; "torch": plain torch ops;
+    "auto": Triton for CUDA tensors, C for eager CPU tensors, torch ops for what is left. The
+    environment variable GANNORM_BACKEND says what "auto" means instead.
 
     Raises:
-        RequestError: an unknown name, or "triton" where no kernel can run.
+        RequestError: an unknown name, or a backend that cannot run on this machine.
     """
     check_backend(name)
     token, before = _backend.set(name), _latest[0]
@@ -42,45 +46,61 @@ def selected() -> str:
     return _latest[0] if torch.compiler.is_compiling() else _backend.get()
 
 
-def _runs_on_cpu() -> bool:
-    """Whether Triton's interpreter is switched on."""
+def _interprets() -> bool:
+    """Whether Triton's interpreter is switched on, which runs kernels on CPU tensors."""
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
 
 
-def check_backend(name: str) -> None:
+def check_backend(name: str, key: str = "backend") -> None:
     """Refuse a backend that is unknown or cannot run on this machine."""
     if name not in BACKENDS:
-        raise RequestError(f"backend={name!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    if name == "triton":
-        if not HAS_TRITON:
-            raise RequestError(
-                "backend='triton': triton is not installed here (it exists for Linux); "
-                "use backend 'auto' or 'torch'"
-            )
-        if not torch.cuda.is_available() and not _runs_on_cpu():
-            raise RequestError(
-                "backend='triton': no GPU was found, and Triton kernels need one; use backend "
-                "'auto' or 'torch', or set TRITON_INTERPRET=1 to interpret the kernels (slowly)"
-            )
+        raise RequestError(f"{key}={name!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if name == "cpu" and cpu.kernels() is None:
+        raise RequestError(
+            f"{key}='cpu': the C kernels need Linux and a working C compiler (CC, or cc); use "
+            "'auto' or 'torch'"
+        )
+    if name != "triton":
+        return
+    if not HAS_TRITON:
+        raise RequestError(
+            f"{key}='triton': triton is not installed here (it exists for Linux); use 'auto' or "
+            "'torch'"
+        )
+    if not torch.cuda.is_available() and not _interprets():
+        raise RequestError(
+            f"{key}='triton': no GPU was found, and Triton kernels need one; use 'auto' or "
+            "'torch', or set TRITON_INTERPRET=1 to interpret the kernels (slowly)"
+        )
 
 
 def module_for(x: Tensor) -> ModuleType:
-    """The module whose `forward` and `backward` serve `x`, which is not `transformed`: `kernels`,
-    `cpu` or `composed`."""
+    """The module whose `forward` and `backward` run a call on `x`, which is not `transformed`:
+    `gannorm.kernels`, `cpu` or `composed`."""
     name = selected()
-    if name == "torch" or x.is_meta or (name == "auto" and not x.is_cuda):
-        # A compiler fuses the plain composition by itself, and native code needs values to work on.
+    if name == "auto" != AUTO:
+        check_backend(AUTO, "GANNORM_BACKEND")
+        name = AUTO
+    if name == "torch" or x.is_meta:
+        return composed
+    if name == "cpu" or (name == "auto" and not x.is_cuda):
+        if name == "cpu" and not x.is_cpu:
+            raise ValueError(
+                f"backend='cpu' cannot run on a tensor on {x.device}; move it to the CPU, or use "
+                "backend 'auto' or 'torch'"
+            )
+        # A compiler fuses the plain composition by itself, and the C code needs values.
         eager = x.is_cpu and composed.is_eager(x)
-        return cpu if eager and cpu.serves(x) else composed
+        return cpu if eager and cpu.supports(x) else composed
     if (name == "auto" and not HAS_TRITON) or not x.numel():
         return composed
-    if not x.is_cuda and not torch.compiler.is_compiling() and not _runs_on_cpu():
+    if not x.is_cuda and not torch.compiler.is_compiling() and not _interprets():
         raise ValueError(
             f"backend='triton' cannot run on a tensor on {x.device}; move it to a GPU, use backend "
             "'auto' or 'torch', or set TRITON_INTERPRET=1"
         )
-    from gannorm import kernels
+    import gannorm.kernels as kernels
 
     return kernels

@@ -148,7 +148,7 @@ def _composed(
         y, stats = composed.forward(x, weight, bias, labels, residual, given, call.spec)
     elif call.backend is composed:
         y, stats = NormFunction.apply(
-            x, weight, bias, residual, labels, moments, call._replace(tell=True)
+            x, weight, bias, residual, labels, moments, call._replace(return_stats=True)
         )
     else:
         weight, bias, labels = (

@@ -29,7 +29,7 @@ def norm(
     residual_after_activation: bool,
 ) -> tuple[Tensor, Tensor]:
     """`kernels.forward`: y and the statistics."""
-    from gannorm import kernels
+    import gannorm.kernels as kernels
 
     spec = NormSpec(groups, eps, activation, negative_slope, residual_after_activation)
     given = None if mean is None or var is None else (mean, var)
@@ -64,7 +64,7 @@ def norm_backward(
     given: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`kernels.backward`: dx, dweight, dbias, dresidual; empty where there is none."""
-    from gannorm import kernels
+    import gannorm.kernels as kernels
 
     spec = NormSpec(groups, eps, activation, negative_slope)
     grads = kernels.backward(dy, x, weight, bias, labels, residual, stats, spec, given, True)

@@ -1,27 +1,12 @@
-"""The norms on an eager CPU: `norm.c`, compiled by the machine's own C compiler at first use.
+"""The norms on an eager CPU: kernels in C (`norm.c`), called on torch's own threads.
 
 A norm made of torch ops reads and writes its tensors ten times and more; these kernels read the
-input once, for what they look at again still lies in the cache. Compiling takes about two seconds,
-once for each machine: the library is kept beside the extractors' cache. It shares torch's threads.
-Where there is no compiler, or on another system than Linux, `gannorm.norms.composed` serves.
+input once, for what they look at again still lies in the cache. Where there is no compiler, or on
+another system than Linux, `gannorm.norms.composed` runs.
 
 Tried and dropped: torch's own group and batch norm kernels in clever order: up to 5 times slower,
 exact only near 0, and only for float32. `torch.compile` would compile anew for every shape.
 """
-
-import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import struct
-import subprocess
-import sys
-import tempfile
-import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,78 +20,15 @@ from gannorm.norms.composed import (
     stat_dtype,
     update_running,
 )
+from gannorm.norms.cpu.build import keep_memory, kernels, pack
 
-SOURCE = Path(__file__).with_name("norm.c")
-INCLUDED = Path(__file__).with_name("norm_real.c")
-FLAGS = (
-    *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"),
-    "-ffp-contract=off",  # results must not depend on what a compiler fuses: the source says it
-)
+__all__ = ["NoSuchRow", "backward", "forward", "keep_memory", "kernels", "supports"]
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as the source's enum
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
 
-# The source's Norm, as far as it is given: 10 integers, 4 reals, 6 tensors (address, elements from
-# sample to sample), 10 addresses. One call to pack it costs less than a structure of ctypes.
-_norm = struct.Struct("=10q4d12q10q").pack
 
-
-@functools.cache
-def kernels() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they cannot be had."""
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    if sys.platform != "linux" or not compiler or shutil.which(compiler[0]) is None:
-        return None
-    try:
-        built = _build(compiler)
-        return ctypes.CDLL(str(built))
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        warnings.warn(
-            f"{shlex.join(compiler)} could not compile {SOURCE.name}; norms on the CPU run on "
-            f"torch ops, slower: {said.strip()[:300]}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-
-
-def _build(compiler: list[str]) -> Path:
-    """Compile the source, unless this machine has a library of the same source and processor."""
-    folder = Path(os.environ.get("GANNORM_CACHE", "~/.cache/gannorm")).expanduser()
-    source = SOURCE.read_bytes() + INCLUDED.read_bytes()
-    processor = next(
-        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "flags" in line.lower()
-         or line.startswith("Features")),
-        platform.machine(),
-    )  # fmt: skip
-    known = "\n".join((*compiler, *FLAGS, processor, platform.platform()))
-    key = hashlib.sha256(source + known.encode()).hexdigest()[:16]
-    path = folder / f"native-{key}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # then moved: whole, or not there
-            made = Path(scratch) / path.name
-            command = [*compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(made), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            made.replace(path)
-    return path
-
-
-def keep_memory() -> None:
-    """Let this process keep the memory it frees, instead of the system.
-
-    The C library returns tensors of more than 32 MB at once; the pages of the next one then cost
-    more than a norm on it. Where there is no such setting (it is glibc's), nothing happens.
-    """
-    if sys.platform != "linux":
-        return
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        set_option(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
-        set_option(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes that may lie free at the top
-
-
-def serves(x: Tensor) -> bool:
+def supports(x: Tensor) -> bool:
     """Whether these kernels take `x`."""
     compiled = kernels() if x.dtype in DTYPES and x.numel() else None
     return compiled is not None and (x.dtype != torch.float16 or bool(compiled.norm_float16()))
@@ -116,7 +38,7 @@ class NoSuchRow(IndexError):
     """A label is no row of the table."""
 
 
-def takes(x: Tensor) -> bool:
+def is_dense(x: Tensor) -> bool:
     """Whether `x` is worked on as it lies, in its own shape."""
     return x.is_contiguous() or is_last(x)
 
@@ -196,8 +118,8 @@ def forward(
     spec: NormSpec,
     running: Running | None = None,  # to be moved
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.forward`."""
-    if x.dim() != 3 and not takes(x):
+    """As `composed.forward`."""
+    if x.dim() != 3 and not is_dense(x):
         added = None if residual is None else planes(residual)
         y, stats = forward(planes(x), weight, bias, labels, added, given, spec, running)
         return shaped(y, x), stats
@@ -216,7 +138,7 @@ def forward(
     running_mean, running_var, momentum, bessel = moved or (None, None, 0.0, 0.0)
     y = _like(x, last)
     stats = x.new_empty((4, n, groups) if groups else (4, c), dtype=dtype)
-    _run("norm_forward", rows, _norm(
+    _run("norm_forward", rows, pack(
         n, c, x.numel() // (n * c), groups, rows,
         DTYPES.index(x.dtype), ACTIVATIONS.index(activation), after, torch.get_num_threads(), last,
         eps, slope, momentum, bessel,
@@ -243,8 +165,8 @@ def backward(
     given: bool,
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """As `reference.backward`; no g where nobody needs it."""
-    if x.dim() != 3 and not takes(x):
+    """As `composed.backward`; no g where nobody needs it."""
+    if x.dim() != 3 and not is_dense(x):
         added = None if residual is None else planes(residual)
         dx, dweight, dbias, g = backward(
             planes(dy), planes(x), weight, bias, labels, added, stats, spec, given, need_dx
@@ -264,7 +186,7 @@ def backward(
     dweight = None if gain is None else torch.empty_like(gain)
     dbias = None if shift is None else torch.empty_like(shift)
     each = x.numel() // n
-    _run("norm_backward", rows, _norm(
+    _run("norm_backward", rows, pack(
         n, c, each // c, spec.groups, rows,
         DTYPES.index(x.dtype), ACTIVATIONS.index(spec.activation), 0, torch.get_num_threads(), last,
         spec.eps, spec.negative_slope, 0.0, 0.0,

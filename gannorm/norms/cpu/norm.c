@@ -54,6 +54,12 @@ typedef struct {
   int64_t own, width; /* channels of a set, of a unit */
 } Norm;
 
+/* What is given, as build.py packs it: fields of 8 bytes, a tensor two. */
+_Static_assert(offsetof(Norm, eps) == 8 * INTEGERS, "integers");
+_Static_assert(offsetof(Norm, x) - offsetof(Norm, eps) == 8 * REALS, "reals");
+_Static_assert(offsetof(Norm, stats) - offsetof(Norm, x) == 16 * TENSORS, "tensors");
+_Static_assert(offsetof(Norm, rstd) - offsetof(Norm, stats) == 8 * ADDRESSES, "addresses");
+
 /* What is written soon, fetched while other lines are read. */
 #define EXPECT(to, i) \
   __builtin_prefetch((to) + (i), 1), __builtin_prefetch((to) + (i) + 64 / sizeof(REAL), 1)

@@ -1,5 +1,6 @@
 """The CPU's own kernels: every way through them against the reference, and where there are none."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ import gannorm.norms.functional as G
 from gannorm.norms import composed, cpu
 from gannorm.norms.backend import module_for
 from gannorm.norms.composed import NormSpec
+from gannorm.norms.cpu import build
 
 # (N, C, S) by what is special about it; 2,048 elements are a piece.
 SHAPES = {
@@ -28,7 +30,7 @@ SHAPES = {
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 if cpu.kernels() is None:
-    pytest.skip("no C compiler here: the reference serves", allow_module_level=True)
+    pytest.skip("no C compiler here: torch ops run", allow_module_level=True)
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def call(shape, groups, labelled, keywords, dtype, given=False):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("layout", ["planes", "rows"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_against_the_reference(shape, layout, dtype, threads):
+def test_against_torch_ops(shape, layout, dtype, threads):
     lay_out = rows if layout == "rows" else torch.Tensor.contiguous
     sets = {0: True, SHAPES[shape][1]: SHAPES[shape][2] > 1, 2: True, 1: True}
     kinds = [g for g, possible in sets.items() if possible]
@@ -199,7 +201,7 @@ def test_channels_last_is_worked_on_as_it_lies(norm):
         "group": lambda x: G.group_norm(x, 2, w, b, activation="relu"),
         "batch": lambda x: G.batch_norm(x, None, None, w, b, True, activation="relu"),
     }[norm]
-    assert cpu.takes(x)
+    assert cpu.is_dense(x)
     assert cpu._dense(x).data_ptr() == cpu._dense(x, x).data_ptr() == x.data_ptr()
     dy = torch.randn(5, 6, 7, 9)
     y = op(x)
@@ -316,7 +318,7 @@ def python(code, tmp_path, **environment):
     return done.stdout.strip(), done.stderr
 
 
-def test_without_a_compiler_the_reference_serves(tmp_path):
+def test_without_a_compiler_torch_ops_run(tmp_path):
     said, warned = without(tmp_path, CC="no-such-compiler")
     assert said == "gannorm.norms.composed 0.0" and "Warning" not in warned
 
@@ -327,15 +329,77 @@ def test_a_compiler_that_fails_is_named(tmp_path):
     assert "false could not compile norm.c" in warned
 
 
-def test_compiled_once_for_each_source(tmp_path, monkeypatch):
+COMPILER = ["cc"]
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A library just compiled into a cache of its own."""
     monkeypatch.setenv("GANNORM_CACHE", str(tmp_path / "cache"))
-    compiler = ["cc"]
-    first = cpu._build(compiler)
-    made = first.stat().st_mtime_ns
-    assert cpu._build(compiler) == first and first.stat().st_mtime_ns == made
-    monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-DOTHER"))
-    assert cpu._build(compiler) != first
-    assert len(list((tmp_path / "cache").iterdir())) == 2  # and nothing half-made
+    path = build.library_path(COMPILER)
+    build.compile_to(path, COMPILER)
+    return path
+
+
+def test_compiled_once_for_each_source_and_compiler(library, monkeypatch, tmp_path):
+    assert build.load(library) is not None and build.library_path(COMPILER) == library
+    assert [p.name for p in library.parent.iterdir()] == [library.name]  # and nothing half-made
+    other = tmp_path / "cc"  # the same name, another version
+    other.write_text("#!/bin/sh\necho another 1.0\n")
+    other.chmod(0o700)
+    assert build.library_path([str(other)]) != library
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DOTHER"))
+    assert build.library_path(COMPILER) != library
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "text"])
+def test_a_damaged_library_is_compiled_anew(damage, library, tmp_path):
+    whole = library.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    library.write_bytes({
+        "truncated": whole[: len(whole) // 2], "empty": b"", "flipped": bytes(flipped),
+        "text": b"no library at all",
+    }[damage])  # fmt: skip
+    assert build.load(library) is None
+    cache = str(tmp_path / "cache")
+    said, warned = without(tmp_path, GANNORM_CACHE=cache, PATH=os.environ["PATH"])
+    assert said.startswith("gannorm.norms.cpu ")
+    assert "Warning" not in warned and build.load(library) is not None
+
+
+def test_a_library_that_others_can_write_is_not_loaded(library, tmp_path):
+    cache = str(tmp_path / "cache")
+    assert library.parent.stat().st_mode & 0o777 == 0o700
+    for path, mode in ((library, 0o722), (library.parent, 0o777)):
+        before = path.stat().st_mode
+        path.chmod(mode)
+        with pytest.raises(PermissionError, match="others can write to"):
+            build.load(library)
+        said, warned = without(tmp_path, GANNORM_CACHE=cache, PATH=os.environ["PATH"])
+        assert said.startswith("gannorm.norms.composed")
+        assert f"others can write to {path} (owner" in warned and "GANNORM_CACHE" in warned
+        path.chmod(before)
+    target = library.with_name("elsewhere")
+    library.rename(target)
+    library.symlink_to(target)
+    with pytest.raises(OSError, match="symbolic links"):
+        build.load(library)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_library_of_another_user_is_not_loaded(library):
+    os.chown(library, 12345, -1)
+    with pytest.raises(PermissionError, match="owner 12345"):
+        build.load(library)
+
+
+@pytest.mark.parametrize("field", build.FIELDS)
+def test_another_layout_does_not_compile(field, library, monkeypatch):
+    monkeypatch.setitem(build.FIELDS, field, build.FIELDS[field] + 1)
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        build.compile_to(library, COMPILER)
+    assert field.lower() in caught.value.stderr
 
 
 def test_imaginary_parts_and_expanded_gradients():
@@ -350,7 +414,7 @@ def test_imaginary_parts_and_expanded_gradients():
     assert torch.equal(one, two)
 
 
-def test_other_kinds_go_to_the_reference():
+def test_other_kinds_go_to_torch_ops():
     assert module_for(torch.empty(0, 3, 4)).__name__ == "gannorm.norms.composed"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
