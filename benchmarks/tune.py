@@ -64,13 +64,13 @@ def key(case: Case) -> str:
 def candidates(case: Case, processors: int) -> list[Bounds]:
     """Bounds that make different plans, the formula's first."""
     batch, planes, sets, size = _sets(case)
-    formula = Bounds(launch.HELD, launch.TILE, launch.WAVES, 1.0)
-    held = [formula._replace(warps=w) for w in (0.5, 2.0)]
+    formula = Bounds(launch.PERSISTENT, launch.TILE, launch.WAVES, 1.0)
+    persistent = [formula._replace(warps=w) for w in (0.5, 2.0)]
     split = [
         Bounds(0, *rest) for rest in product((8192, 16384, 32768), (4, 8, 16), (0.5, 1.0, 2.0))
     ]
     found: dict[launch.Plan, Bounds] = {}
-    for bounds in [formula, *held, *split]:
+    for bounds in [formula, *persistent, *split]:
         last = case.layout == "channels_last"
         made = plan(batch, case.shape[0], planes, sets, size, 4, last, False, processors, bounds)
         found.setdefault(made, bounds)

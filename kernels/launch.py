@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gannorm.kernels.held import held_backward_kernel, held_forward_kernel
 from gannorm.kernels.layout import contiguous, dense_strides, flat_strides, is_ready, placed
+from gannorm.kernels.persistent import persistent_backward_kernel, persistent_forward_kernel
 from gannorm.kernels.runner import Kernel
 from gannorm.kernels.split import (
     split_apply_kernel,
@@ -35,7 +35,7 @@ from gannorm.kernels.split import (
 )
 
 PLANS = Path(__file__).with_name("plans.json")
-HELD = 65536  # bytes of a statistics set, in the dtype of the statistics, that registers hold
+PERSISTENT = 65536  # bytes of a statistics set, in the dtype of the statistics, that registers hold
 TILE = 16384  # bytes, the same way, that a program of a split set handles at a time
 LINE = 64  # elements that neighbouring threads should find next to each other
 WAVES = 8  # programs for each processor of the GPU, at most, that split sets are cut into
@@ -54,7 +54,7 @@ Running = tuple[Tensor | None, Tensor | None, float, float]
 class Plan(NamedTuple):
     """How the programs share the work; see `gannorm.kernels.tile` for the three dimensions."""
 
-    held: bool
+    persistent: bool
     block_p: int
     block_g: int
     block_s: int
@@ -70,7 +70,7 @@ class Plan(NamedTuple):
 class Bounds(NamedTuple):
     """What `plan` goes by: the constants above, or what `benchmarks.tune` found to be faster."""
 
-    held: int
+    persistent: int
     tile: int
     waves: int
     warps: float  # times the formula's
@@ -104,19 +104,19 @@ def plan(
     bounds: Bounds | None = None,
 ) -> Plan:
     """The plan for sets of `planes` planes of `size` elements."""
-    held_bytes, tile_bytes, waves, factor = bounds or Bounds(HELD, TILE, WAVES, 1.0)
+    persistent_bytes, tile_bytes, waves, factor = bounds or Bounds(PERSISTENT, TILE, WAVES, 1.0)
     rounded = triton.next_power_of_2
     # Neighbouring elements in memory: of a plane, or of the channels.
     run = 1 if channels_last and batch else planes if channels_last else size
     tile = rounded(planes) * rounded(size)
     group, limit = 1, rounded(sets)
     while group < limit and (group * run < LINE or tile * group < 1024):
-        if tile * group * 2 * itemsize > held_bytes:
+        if tile * group * 2 * itemsize > persistent_bytes:
             break
         group *= 2
     side_by_side = group * run >= 32 or group == limit
-    held = not given and tile * group * itemsize <= held_bytes and side_by_side
-    if held:
+    persistent = not given and tile * group * itemsize <= persistent_bytes and side_by_side
+    if persistent:
         block_p, block_s = rounded(planes), rounded(size)
     else:
         room = tile_bytes // itemsize
@@ -132,10 +132,10 @@ def plan(
         while triton.cdiv(planes, block_p) > GRID and 1 < block_s < size:
             block_p, block_s = 2 * block_p, block_s // 2
     even = planes % block_p == 0 and sets % group == 0 and size % block_s == 0
-    warps = max(1, min(16 if held else 8, block_p * group * block_s * itemsize // 2048))
+    warps = max(1, min(16 if persistent else 8, block_p * group * block_s * itemsize // 2048))
     warps = max(1, min(16, int(warps * factor)))
     blocks = triton.cdiv(sets, group) * (1 if batch else samples)
-    if held:
+    if persistent:
         return Plan(True, block_p, group, block_s, even, warps, blocks)
     cut = block_s < size
     tiles = triton.cdiv(size, block_s) if cut else triton.cdiv(planes, block_p)
@@ -186,8 +186,8 @@ class Launches:
         aside = residual is not None and (residual.is_neg() or residual.stride() != self.stride)
         self.loose = self.copied or aside or not all(map(is_ready, tables))
         # The share by which running statistics move comes as a float32.
-        held = not given and not groups and x.dtype != torch.float64
-        self.moves = held and is_ready(mean) and is_ready(var)
+        persistent = not given and not groups and x.dtype != torch.float64
+        self.moves = persistent and is_ready(mean) and is_ready(var)
         self.statistics = _statistics_dtype(x.dtype)
         table = bias if weight is None else weight
         rows = table.shape[0] if table is not None and table.dim() == 2 else 1
@@ -215,13 +215,13 @@ class Launches:
         blocks = (p.block_p, p.block_g, p.block_s, p.even)
         apply = (*slope, spec.eps, dtype, spec.residual_after_activation, *blocks)
         back: tuple[Any, ...] = (*slope, dtype, *blocks)
-        self.summed = p.held and batch and rows <= SUMMED_ROWS and self.tables
+        self.summed = p.persistent and batch and rows <= SUMMED_ROWS and self.tables
         nothing: Kernel | None = None
         self.moments = self.merge = self.sum = self.reduce = nothing
-        if p.held:
+        if p.persistent:
             grid = (p.blocks, 1, 1)
-            self.apply = self._kernel(held_forward_kernel, grid, p.warps, numbers, apply)
-            back, kernel = (*back, self.summed), held_backward_kernel
+            self.apply = self._kernel(persistent_forward_kernel, grid, p.warps, numbers, apply)
+            back, kernel = (*back, self.summed), persistent_backward_kernel
         else:
             self._split(p, numbers, dtype, apply, back)
             grid, numbers = (p.blocks, p.chunks, 1), (*numbers, p.parts, p.loops)
@@ -289,7 +289,7 @@ class Launches:
         if not (self.given or self.moves):
             mean = var = None
         inputs = (x, y, residual, weight, bias, labels)
-        if p.held:
+        if p.persistent:
             self.apply((*inputs, stats, mean, var), factors)
             return y, stats
         if self.given:
@@ -326,7 +326,7 @@ class Launches:
         if self.sum is not None or (self.tables and not self.summed):
             n, _, c = self.sizes
             sums = x.new_empty((2, p.parts, n, c), dtype=self.statistics)
-        if p.held:
+        if p.persistent:
             tables = (dweight, dbias) if self.summed else (None, None)
             self.back[need_dx]((*inputs, dx, g, sums, *tables))
         else:

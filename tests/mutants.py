@@ -37,7 +37,7 @@ CPU, CPU_C, REAL = (
     f"gannorm/norms/cpu/{name}" for name in ("__init__.py", "norm.c", "norm_real.c")
 )
 TILE, LAUNCH = "kernels/tile.py", "kernels/launch.py"
-HELD, SPLIT, LAYOUT = "kernels/held.py", "kernels/split.py", "kernels/layout.py"
+PERSIST, SPLIT, LAYOUT = "kernels/persistent.py", "kernels/split.py", "kernels/layout.py"
 
 GAPS = "test_norm_gaps.py -k "
 INST_REF = "test_instance_norm.py -k 'against and torch and float64'"
@@ -54,9 +54,9 @@ BATCH_TRI = "test_batch_norm.py -k 'against and triton and float64 and not 67'"
 EVAL_TRI = "test_batch_norm.py -k 'against and triton and float64 and not 67 and False'"
 SECOND = "test_autograd.py -k 'gradgradcheck and not triton'"
 PLANS = "test_launch.py -k "
-HELD_TRI, PLANES, ELEMENTS, CHUNKS = (
+WHOLE, PLANES, ELEMENTS, CHUNKS = (
     PLANS + f"'every and contiguous and {kind}'"
-    for kind in ("held", "planes", "elements", "chunks")
+    for kind in ("persistent", "planes", "elements", "chunks")
 )
 LAST, SLICED, RUNNING, MAGNITUDES = (
     PLANS + f"'{test}'" for test in ("every and last", "every and sliced", "running", "magnitudes")
@@ -180,7 +180,7 @@ MUTANTS = tuple(Mutant(*m) for m in (
     ("raw kernels under create_graph", AUTO, "if torch.is_grad_enabled():", "if False:", SECOND),
     # what is remembered of a call
     ("strides not looked at", FUN, "t.shape, t.stride(), t.dtype", "t.shape, t.dtype",
-     PLANS + "'every and held and not leaky'"),
+     PLANS + "'every and persistent and not leaky'"),
     ("settings not looked at", FUN, "(op, own, settings, selected()", "(op, own, selected()",
      BATCH_TRI),
     # registered operators
@@ -192,7 +192,7 @@ MUTANTS = tuple(Mutant(*m) for m in (
     ("op's residual gradient", OPS, "residual = dresidual if ctx.folded else dy",
      "residual = dy", "test_ops.py -k 'compile and triton'"),
     # statistics, kernels
-    ("one-pass variance", HELD, "shifted - offset.to(DTYPE)[None, :, None]", "shifted",
+    ("one-pass variance", PERSIST, "shifted - offset.to(DTYPE)[None, :, None]", "shifted",
      GAPS + "'outlier and triton'"),
     ("no shift", TILE, "tl.load(x_ptr + offset, mask=g < sets, other=0).to(DTYPE)",
      "tl.load(x_ptr + offset, mask=g < 0, other=0).to(DTYPE)",
@@ -200,16 +200,16 @@ MUTANTS = tuple(Mutant(*m) for m in (
     ("mean error dropped", TILE, "(mean64 - mean.to(tl.float64))", "(mean64 * 0)",
      GAPS + "'ladder and triton'"),
     ("eps outside the root", TILE, "tl.rsqrt(var64 + tl.full([], EPS, tl.float64))",
-     "(1 / (tl.sqrt(var64) + tl.full([], EPS, tl.float64)))", HELD_TRI),
-    ("held squares overflow", TILE, 'huge = total == float("inf")', "huge = total < 0", MAGNITUDES),
+     "(1 / (tl.sqrt(var64) + tl.full([], EPS, tl.float64)))", WHOLE),
+    ("squares overflow", TILE, 'huge = total == float("inf")', "huge = total < 0", MAGNITUDES),
     ("split squares overflow", SPLIT, 'huge = square == float("inf")', "huge = square < 0",
      MAGNITUDES),
     ("pivot nowhere", TILE, "> 4.0) | (var == 0)", "> 1e9)", MAGNITUDES),
     ("last elements unmasked", TILE, "live[:, :, None] & (s < size)", "live[:, :, None] & (s >= 0)",
-     HELD_TRI),
-    ("last planes unmasked", TILE, "(p < planes) & (g < sets)", "(p >= 0) & (g < sets)", HELD_TRI),
-    ("last sets unmasked", TILE, "(p < planes) & (g < sets)", "(p < planes) & (g >= 0)", HELD_TRI),
-    ("even where it is not", LAUNCH, "even = planes % block_p == 0 and", "even =", HELD_TRI),
+     WHOLE),
+    ("last planes unmasked", TILE, "(p < planes) & (g < sets)", "(p >= 0) & (g < sets)", WHOLE),
+    ("last sets unmasked", TILE, "(p < planes) & (g < sets)", "(p < planes) & (g >= 0)", WHOLE),
+    ("even where it is not", LAUNCH, "even = planes % block_p == 0 and", "even =", WHOLE),
     ("Welford: weight of the mean", SPLIT, "delta * (1.0 / turn)", "delta * 0.5", CHUNKS),
     ("Welford: the old mean twice", SPLIT, "first[None, :, None]) * scale - mean), 0.0)",
      "first[None, :, None]) * scale - mean + delta / turn), 0.0)", CHUNKS),
@@ -223,7 +223,7 @@ MUTANTS = tuple(Mutant(*m) for m in (
     ("int32 offsets", TILE, "s.to(tl.int64) * stride_s", "s * stride_s", GAPS + "past_2"),
     ("int32 sample", TILE, "offset = sample.to(tl.int64) * stride_n",
      "offset = (sample * stride_n).to(tl.int32)", GAPS + "'past and triton'"),
-    ("group off by one", TILE, "g.to(tl.int64) * planes + p", "g.to(tl.int64) + p", HELD_TRI),
+    ("group off by one", TILE, "g.to(tl.int64) * planes + p", "g.to(tl.int64) + p", WHOLE),
     ("stride of the channels", TILE, "channel * stride_c)[", "channel * stride_n)[", SLICED),
     ("residual's strides", LAUNCH, "residual = placed(residual, self.stride)", "pass", LAST),
     ("gradient's strides", LAUNCH, "dy = placed(dy, self.stride)", "pass",
@@ -254,20 +254,20 @@ MUTANTS = tuple(Mutant(*m) for m in (
      GAPS + "'kink and triton'"),
     ("slope in the gradient", TILE, "dy * tl.full([], SLOPE, z.dtype))", "dy * 0.2)", LEAKY),
     ("silu derivative", TILE, "(1.0 + z * (1.0 - sigmoid))", "(1.0 + z * sigmoid)", SILU),
-    ("no mean term in dx", HELD, " - a[None, :, None]", "", HELD_TRI),
-    ("no x_hat term in dx", HELD, " - x_hat * b[None, :, None]", "", HELD_TRI),
-    ("mean over wrong count", HELD, "DTYPE) * planes * size", "DTYPE) * planes * size - 1",
-     HELD_TRI),
+    ("no mean term in dx", PERSIST, " - a[None, :, None]", "", WHOLE),
+    ("no x_hat term in dx", PERSIST, " - x_hat * b[None, :, None]", "", WHOLE),
+    ("mean over wrong count", PERSIST, "DTYPE) * planes * size", "DTYPE) * planes * size - 1",
+     WHOLE),
     ("split: no mean term in dx", SPLIT, " - a[None, :, None]", "", PLANES),
     ("split: a part forgotten", SPLIT, "for part in range(0, parts):\n        for p",
      "for part in range(0, 1):\n        for p", ELEMENTS),
     ("eval gradient of training", LAUNCH, "None if self.given else sums, None", "sums, None",
      EVAL_TRI),
-    ("inner residual gradient", HELD, "tl.store(g_ptr + offsets, g.to",
+    ("inner residual gradient", PERSIST, "tl.store(g_ptr + offsets, g.to",
      "tl.store(g_ptr + offsets, (g * 0).to", INNER),
-    ("dweight and dbias swapped", HELD, "tl.where(hit, gx_sum, 0.0)", "tl.where(hit, g_sum, 0.0)",
+    ("dweight, dbias swapped", PERSIST, "tl.where(hit, gx_sum, 0.0)", "tl.where(hit, g_sum, 0.0)",
      BATCH_TRI),
-    ("held table's row", HELD, "(label == row)", "(label == row + 1)", BATCH_TRI),
+    ("persistent table's row", PERSIST, "(label == row)", "(label == row + 1)", BATCH_TRI),
     ("table gradient row", SPLIT, "other=-1) == row", "other=-1) == row + 1", LOOP),
     ("table gradient parts", SPLIT, "for part in range(0, parts):\n            of",
      "for part in range(0, 1):\n            of", ELEMENTS),

@@ -1,5 +1,6 @@
-"""Imports point down only, every module has its floor, no file is long."""
+"""Imports point down only, every module has its floor, no file and no function is long."""
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LONGEST = 450
+LONGEST_FILE, LONGEST_FUNCTION = 450, 60
 SOURCES = [*ROOT.glob("gannorm/**/*.py"), *ROOT.glob("kernels/*.py"), ROOT / "train.py"]
 OTHERS = [*ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/**/*.py")]
 
@@ -49,4 +50,14 @@ def test_upward_imports_circles_and_strays_are_found(file, line, said, tmp_path)
 def test_no_file_is_long():
     lengths = {str(p.relative_to(ROOT)): len(p.read_text("utf-8").splitlines())
                for p in [*SOURCES, *OTHERS]}  # fmt: skip
-    assert not {name: n for name, n in lengths.items() if n > LONGEST}
+    assert not {name: n for name, n in lengths.items() if n > LONGEST_FILE}
+
+
+def test_no_function_is_long():
+    found = {}
+    for path in [*SOURCES, *OTHERS]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno is not None
+                found[f"{path.relative_to(ROOT)}: {node.name}"] = node.end_lineno - node.lineno + 1
+    assert not {name: lines for name, lines in found.items() if lines > LONGEST_FUNCTION}

@@ -37,13 +37,13 @@ NARROW |= {"dweight_ptr", "dbias_ptr"}
 # Accesses of less than 16 bytes that are meant to be, at most this many: (kernel, argument).
 FEW = {
     (kernel, "x_ptr"): 2  # the first element of each set, which shifts its moments
-    for kernel in ("held_forward_kernel", "split_moments_kernel", "split_apply_kernel")
+    for kernel in ("persistent_forward_kernel", "split_moments_kernel", "split_apply_kernel")
 }
 SPILLED: dict[tuple[str, str], dict[str, int]] = {}
 if triton.__version__ < "3.7":  # whose code is a little worse
-    FEW["held_forward_kernel", "x_ptr"] = 8
+    FEW["persistent_forward_kernel", "x_ptr"] = 8
     case = "groups=0 (64, 256, 16, 16) torch.float32 {'activation': 'relu', 'labels': True}"
-    SPILLED["held_backward_kernel", case] = {"STACK": 56}
+    SPILLED["persistent_backward_kernel", case] = {"STACK": 56}
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 # Groups of channels (0: statistics across the batch) and the published shapes.
 INSTANCE = [(c, (8, c, s, s)) for c, s in ((64, 256), (128, 128), (256, 64))]
@@ -145,6 +145,24 @@ def _spill(kernel) -> dict[str, int]:
     return {k: int(v) for k, v in numbers.items() if int(v)}
 
 
+def _entry_points() -> list[str]:
+    """The kernels that no other calls."""
+    from triton.runtime.jit import JITFunction
+
+    functions = {}
+    package = importlib.import_module("gannorm.kernels")
+    for info in pkgutil.walk_packages(package.__path__, "gannorm.kernels."):
+        module = importlib.import_module(info.name)
+        functions |= {k: v for k, v in vars(module).items() if isinstance(v, JITFunction)}
+    called = {
+        node.id
+        for f in functions.values()
+        for node in ast.walk(ast.parse(f.src))
+        if isinstance(node, ast.Name)
+    }
+    return sorted(functions.keys() - called)
+
+
 def _compile_all(target: str) -> dict:
     """Compile every case for one target: what each kernel accesses and spills."""
     from triton import CompilationError
@@ -199,19 +217,7 @@ def _compile_all(target: str) -> dict:
         few = e.get("last") and groups not in (0, shape[1])
         aligned = shape[2] * shape[3] % 16 == 0 and not few
         _launch(groups, shape, dtype, e)
-
-    functions = {}
-    package = importlib.import_module("gannorm.kernels")
-    for info in pkgutil.walk_packages(package.__path__, "gannorm.kernels."):
-        module = importlib.import_module(info.name)
-        functions |= {k: v for k, v in vars(module).items() if isinstance(v, JITFunction)}
-    called = {
-        node.id
-        for f in functions.values()
-        for node in ast.walk(ast.parse(f.src))
-        if isinstance(node, ast.Name)
-    }
-    return {"kernels": sorted(functions.keys() - called), "results": results, "errors": errors}
+    return {"kernels": _entry_points(), "results": results, "errors": errors}
 
 
 @pytest.fixture(

@@ -323,9 +323,9 @@ def test_a_wrong_kernel_is_named_and_ends_nothing(tmp_path: Path):
     text, errors = process.communicate()
     assert process.returncode == 1, errors[-3000:]
     wrong = json.loads((out / "summary.json").read_text())["stages"]["right"]["wrong"]
-    assert "dx off by" in wrong["batch fp32 nchw held none"]
+    assert "dx off by" in wrong["batch fp32 nchw persistent none"]
     assert "batch fp32 nchw split none" not in wrong
-    assert "WRONG batch fp32 nchw held none: dx off by" in text
+    assert "WRONG batch fp32 nchw persistent none: dx off by" in text
     for name in command.NAMES[1:]:
         found = stage(out, name)
         assert found["items"] or found["failed"], name

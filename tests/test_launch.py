@@ -1,4 +1,4 @@
-"""Every plan gives the same norms: held or split, NCHW or channels_last, with and without masks."""
+"""Every plan gives the same norms: persistent or split, in either layout, masked or not."""
 
 import pytest
 import torch
@@ -11,9 +11,9 @@ from gannorm.kernels.launch import plan
 from gannorm.kernels.runner import Kernel
 from gannorm.norms import functional as G
 
-# HELD, TILE, WAVES and GRID that make a plan of each kind out of small shapes.
+# PERSISTENT, TILE, WAVES and GRID that make a plan of each kind out of small shapes.
 KINDS = {
-    "held": (launch.HELD, launch.TILE, launch.WAVES, launch.GRID),
+    "persistent": (launch.PERSISTENT, launch.TILE, launch.WAVES, launch.GRID),
     "split planes": (0, 1024, launch.WAVES, launch.GRID),
     "split elements": (0, 128, launch.WAVES, launch.GRID),
     "chunks of several tiles": (0, 256, 1, launch.GRID),
@@ -30,7 +30,9 @@ FUSED = {"activation": "leaky_relu", "residual": True}
 
 @pytest.fixture(params=KINDS)
 def kind(request, monkeypatch):
-    for name, value in zip(("HELD", "TILE", "WAVES", "GRID"), KINDS[request.param], strict=True):
+    for name, value in zip(
+        ("PERSISTENT", "TILE", "WAVES", "GRID"), KINDS[request.param], strict=True
+    ):
         monkeypatch.setattr(launch, name, value)
     monkeypatch.setattr(launch, "_processors", lambda device: 2)
     launch.forget()
@@ -138,18 +140,22 @@ def test_plans(case, itemsize, last):
     batch, samples, planes, sets, size = case
     p = plan(batch, samples, planes, sets, size, itemsize, last)
     elements = p.block_p * p.block_g * p.block_s
-    assert elements * itemsize <= (launch.HELD if p.held else launch.TILE)
+    assert elements * itemsize <= (launch.PERSISTENT if p.persistent else launch.TILE)
     assert elements * itemsize <= p.warps * 32 * 128  # bytes of a thread's registers
     assert p.blocks >= sets / p.block_g * (1 if batch else samples)
-    if p.held:
+    if p.persistent:
         assert p.block_p >= planes and p.block_s >= size
     elif p.block_s < size:
         assert p.chunks * p.loops * p.block_p * p.block_s >= planes * size
     else:
         assert p.chunks * p.loops * p.block_p >= planes
-    held = planes * size * itemsize <= launch.HELD
-    assert p.held == held or last or not (planes & (planes - 1) == 0 and size & (size - 1) == 0)
-    if not p.held:
+    persistent = planes * size * itemsize <= launch.PERSISTENT
+    assert (
+        p.persistent == persistent
+        or last
+        or not (planes & (planes - 1) == 0 and size & (size - 1) == 0)
+    )
+    if not p.persistent:
         few = p.blocks * p.chunks <= 2.5 * launch.WAVES * 132
         assert few or p.loops in (1, -(-size // p.block_s))  # a chunk stays in its plane
 

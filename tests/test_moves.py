@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 EPILOGUES = ("none", "leaky_relu", "residual", "residual+relu")
-HELD = [  # sets of up to 16K elements: read once
+PERSISTENT = [  # sets of up to 16K elements: read once
     ("instance", (1, 2, 32, 32), 0),
     ("instance", (1, 2, 64, 64), 0),
     ("instance", (1, 2, 128, 128), 0),
@@ -34,8 +34,8 @@ SLACK = 1.02  # statistics, affine rows, labels, sums and the table's gradient
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
-@pytest.mark.parametrize(("op", "shape", "groups"), HELD)
-def test_held_sets_move_the_floor(op, shape, groups, epilogue):
+@pytest.mark.parametrize(("op", "shape", "groups"), PERSISTENT)
+def test_persistent_sets_move_the_floor(op, shape, groups, epilogue):
     case = Case(op, shape, epilogue, groups=groups)
     moves = count_moves(case)
     assert case.floor("forward") <= moves.forward <= SLACK * case.floor("forward")
@@ -45,7 +45,7 @@ def test_held_sets_move_the_floor(op, shape, groups, epilogue):
 @pytest.mark.parametrize("epilogue", ["none", "residual+relu"])
 @pytest.mark.parametrize(
     ("op", "shape", "groups", "layout"),
-    [(*case, "nchw") for case in SPLIT] + [(*case, "channels_last") for case in HELD + SPLIT],
+    [(*case, "nchw") for case in SPLIT] + [(*case, "channels_last") for case in PERSISTENT + SPLIT],
 )
 def test_split_sets_are_read_twice_at_most(op, shape, groups, layout, epilogue):
     case = Case(op, shape, epilogue, "fp32", layout, groups)

@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,18 @@ class Report:
     def faults(self) -> dict[str, str]:
         """Items without a result, but for those that the end of the time cut off."""
         return {name: why for name, why in self.failed.items() if why != CUT_OFF}
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where items run."""
+
+    out: Path
+    rehearsed: bool
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.rehearsed else "cuda"
 
 
 class _Worker:
@@ -120,6 +133,66 @@ class _Worker:
             self.kill()
 
 
+class _Stage:
+    """The items of one stage, and the workers that take them in turn."""
+
+    def __init__(
+        self, report: Report, names: list[str], start: Callable[[], _Worker], deadline: float,
+        limit: float,
+    ) -> None:  # fmt: skip
+        self.report, self.names, self.start = report, names, start
+        self.deadline, self.limit, self.began = deadline, limit, time.monotonic()
+        self.todo, self.lock = queue.SimpleQueue[str](), threading.Lock()
+        for name in names:
+            self.todo.put(name)
+        self.running: set[_Worker] = set()
+        self.stopped, self.broken = threading.Event(), list[Exception]()
+        self.bar = tqdm(total=len(names), desc=report.stage, unit="item", dynamic_ncols=True)
+
+    def note(self, name: str, result: Result | None, reason: str) -> None:
+        report = self.report
+        with self.lock:
+            if result is None:
+                report.failed[name] = reason
+            elif "error" in result:
+                report.failed[name] = result["error"]
+            else:
+                report.items[name] = result
+            report.seconds = round(time.monotonic() - self.began, 1)
+            done = report.items.keys() | report.failed.keys()
+            report.not_reached = [n for n in self.names if n not in done]
+            report.write()
+            self.bar.update()
+
+    def work(self) -> None:
+        worker: _Worker | None = None
+        while not self.stopped.is_set() and time.monotonic() < self.deadline:
+            try:
+                name = self.todo.get_nowait()
+            except queue.Empty:
+                break
+            if worker is None:
+                worker = self.start()
+                self.running.add(worker)
+            result, reason = worker.ask(name, self.limit, self.deadline + GRACE)
+            if self.stopped.is_set():
+                break
+            self.note(name, result, reason)
+            if result is None or result.pop("last", False):
+                worker.kill()
+                self.running.discard(worker)
+                worker = None
+        if worker is not None and not self.stopped.is_set():
+            worker.close()
+            self.running.discard(worker)
+
+    def guarded(self) -> None:
+        try:
+            self.work()
+        except Exception as error:  # of this command's own, such as a full disk
+            self.broken.append(error)
+
+
 def run_stage(
     report: Report, names: list[str], command: list[str], environment: Mapping[str, str],
     workers: int, deadline: float, limit: float,
@@ -128,60 +201,10 @@ def run_stage(
 
     KeyboardInterrupt ends the workers and passes on.
     """
-    began, todo, lock = time.monotonic(), queue.SimpleQueue[str](), threading.Lock()
-    for name in names:
-        todo.put(name)
     log = report.path.with_suffix(".log")
-    running: set[_Worker] = set()
-    stopped, broken = threading.Event(), list[Exception]()
-    bar = tqdm(total=len(names), desc=report.stage, unit="item", dynamic_ncols=True)
-
-    def note(name: str, result: Result | None, reason: str) -> None:
-        with lock:
-            if result is None:
-                report.failed[name] = reason
-            elif "error" in result:
-                report.failed[name] = result["error"]
-            else:
-                report.items[name] = result
-            report.seconds = round(time.monotonic() - began, 1)
-            report.not_reached = [
-                n for n in names if n not in report.items and n not in report.failed
-            ]
-            report.write()
-            bar.update()
-
-    def work() -> None:
-        worker: _Worker | None = None
-        while not stopped.is_set() and time.monotonic() < deadline:
-            try:
-                name = todo.get_nowait()
-            except queue.Empty:
-                break
-            if worker is None:
-                worker = _Worker(command, environment, log)
-                running.add(worker)
-            result, reason = worker.ask(name, limit, deadline + GRACE)
-            if stopped.is_set():
-                break
-            note(name, result, reason)
-            if result is None or result.pop("last", False):
-                worker.kill()
-                running.discard(worker)
-                worker = None
-        if worker is not None and not stopped.is_set():
-            worker.close()
-            running.discard(worker)
-
-    def guarded() -> None:
-        try:
-            work()
-        except Exception as error:  # of this command's own, such as a full disk
-            broken.append(error)
-
-    threads = [
-        threading.Thread(target=guarded, daemon=True) for _ in range(min(workers, len(names)))
-    ]
+    stage = _Stage(report, names, partial(_Worker, command, environment, log), deadline, limit)
+    count = min(workers, len(names))
+    threads = [threading.Thread(target=stage.guarded, daemon=True) for _ in range(count)]
     try:
         report.not_reached = list(names)
         report.write()
@@ -191,12 +214,12 @@ def run_stage(
             while thread.is_alive():
                 thread.join(0.2)
     finally:
-        stopped.set()
-        for worker in list(running):
+        stage.stopped.set()
+        for worker in list(stage.running):
             worker.kill()
-        bar.close()
-    if broken:
-        raise broken[0]
+        stage.bar.close()
+    if stage.broken:
+        raise stage.broken[0]
 
 
 def serve(run: Callable[[str], Result]) -> None:

@@ -26,7 +26,7 @@ DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64,
 }  # fmt: skip
 LAYOUTS = ("nchw", "channels_last", "sliced", "offset")
-PLANS = ("held", "split", "given")
+PLANS = ("persistent", "split", "given")
 # Activation; a residual; added behind the activation.
 EPILOGUES: dict[str, tuple[str | None, bool, bool]] = {
     "none": (None, False, False),
@@ -52,7 +52,7 @@ class Combination(NamedTuple):
     norm: str
     dtype: str = "fp32"
     layout: str = "nchw"
-    plan: str = "held"
+    plan: str = "persistent"
     epilogue: str = "none"
 
     def __str__(self) -> str:
@@ -223,9 +223,9 @@ def planned(plan: str) -> Iterator[None]:
     """Small sets take this plan inside the block, as large ones do."""
     from gannorm.kernels import launch
 
-    bounds: dict[str, Any] = {"HELD": launch.HELD}
+    bounds: dict[str, Any] = {"PERSISTENT": launch.PERSISTENT}
     if plan == "split":
-        bounds = {"HELD": 0, "TILE": 512, "WAVES": 1}
+        bounds = {"PERSISTENT": 0, "TILE": 512, "WAVES": 1}
     with mock.patch.multiple(launch, **bounds):
         launch.forget()
         try:

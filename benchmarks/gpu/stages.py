@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -13,7 +12,7 @@ import torch
 from benchmarks import cases, host, norms, peers, plot, timing, tune
 from benchmarks.cases import Case
 from benchmarks.gpu import checks, right
-from benchmarks.gpu.engine import Result
+from benchmarks.gpu.engine import Context, Result
 
 # Behind the goals: forward + backward with an activation, in shares of the copy bandwidth, and
 # times faster than the others.
@@ -27,18 +26,6 @@ PERCENT, TIMES_EAGER, TIMES_COMPILE = 90.0, 2.5, 1.3
 COMPILED = 8  # cases beside torch.compile, which takes seconds for each
 WITHIN = 30.0  # seconds for the plans of one case
 PUBLISHED, PEERS, HOST, GROWTH = "published ", "peers, ", "host cost, ", "growth"
-
-
-@dataclass(frozen=True)
-class Context:
-    """Where items run."""
-
-    out: Path
-    rehearsed: bool
-
-    @property
-    def device(self) -> str:
-        return "cpu" if self.rehearsed else "cuda"
 
 
 # ---- right

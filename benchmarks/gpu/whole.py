@@ -17,8 +17,7 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from benchmarks import step
-from benchmarks.gpu.engine import Result
-from benchmarks.gpu.stages import Context
+from benchmarks.gpu.engine import Context, Result
 from gannorm.config import typed
 from gannorm.data import batches, build_data
 from gannorm.tasks import build_task

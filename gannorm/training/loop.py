@@ -89,8 +89,18 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
     groups = groups or run.evaluate(evaluator)[0]  # resumed behind the last step
     board.compare(run.config, groups["quality"])
     monitor.close()
-    images = run.step * task.batches_per_step * cfg.data.batch_size
-    summary = {
+    summary = summarize(run, evaluator, groups, reference)
+    write_json(run_dir / "summary.json", summary)
+    say(closing(summary, run_dir))
+    return summary
+
+
+def summarize(
+    run: Run, evaluator: Evaluator[Any], groups: Groups, reference: dict[str, float]
+) -> dict[str, Any]:
+    """The content of summary.json."""
+    cfg, images = run.cfg, run.step * run.task.batches_per_step * run.cfg.data.batch_size
+    return {
         "steps": run.step,
         **groups,
         "reference": reference,
@@ -99,13 +109,10 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
         "training_seconds": round(run.seconds, 1),
         "evaluation_seconds": round(run.evaluation_seconds, 1),
         "images_per_second": round(images / run.seconds, 1),
-        "device": device_name(device),
+        "device": device_name(run.task.device),
         "seed": cfg.seed,
         "versions": versions(),
     }
-    write_json(run_dir / "summary.json", summary)
-    say(closing(summary, run_dir))
-    return summary
 
 
 def begin_log(

@@ -26,7 +26,7 @@ from gannorm.kernels.tile import (
 
 
 @triton.jit
-def held_forward_kernel(
+def persistent_forward_kernel(
     x_ptr, y_ptr, residual_ptr,  # (N, C, S); residual may be None
     weight_ptr, bias_ptr, labels_ptr,  # (K, C), (K, C), (N,), or None
     stats_ptr,  # (4, total), written
@@ -66,7 +66,7 @@ def held_forward_kernel(
 
 
 @triton.jit
-def held_backward_kernel(
+def persistent_backward_kernel(
     x_ptr, dy_ptr, residual_ptr,  # (N, C, S); residual may be None
     weight_ptr, bias_ptr, labels_ptr,  # (K, C), (K, C), (N,), or None
     stats_ptr,  # (4, total)
