@@ -1,6 +1,7 @@
 """A small multirun of the study, and the report that is made of its runs and of made-up ones."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -8,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
 from test_train import CYCLEGAN, RESBLOCK, ROOT, forked
 
-from benchmarks import norm_study
-from benchmarks.norm_study import QUESTIONS, answer, main, read, table
-from benchmarks.norm_study_plots import Sheet
 from gannorm.errors import RequestError
+from gannorm.study.__main__ import main
 from gannorm.study.members import members, register
+from gannorm.study.plots import Sheet
+from gannorm.study.report import COMMANDS, QUESTIONS, answer, choice, table
+from gannorm.study.runs import Spread, apart, read
 from gannorm.training.loop import train
 from gannorm.training.monitor import Monitor
 
@@ -101,7 +104,7 @@ def test_the_report_of_all_runs(whole: Path, tmp_path: Path):
     main([str(whole), "--out", str(out)])
     text = out.read_text()
     assert "Runs: 57 of 57." in text and "Absent" not in text
-    assert "| 91.0% ± 1.0% | 51.0% ± 1.0% | +40.0 points | no |" in text
+    assert "| 91.0% ± 1.0% | 51.0% ± 1.0% | +40.0 points | yes |" in text
     assert "**91.0% ± 1.0%**" in text
     for path in (tmp_path / "study").iterdir():
         assert path.stat().st_size < 150_000
@@ -109,10 +112,17 @@ def test_the_report_of_all_runs(whole: Path, tmp_path: Path):
     assert not absent
     verdicts = [answer(question, runs) for question in QUESTIONS]
     assert "**Yes**: instance is ahead of batch in accuracy B to A" in verdicts[0]
-    assert "the ranges overlap in coverage B to A" in verdicts[0]
+    assert "not told apart in coverage B to A" in verdicts[0]
     assert "**The seeds do not tell them apart**" in verdicts[1]
-    assert "**Yes**: conditional_batch is ahead of batch in accuracy, FID" in verdicts[2]
-    for text in verdicts[3:]:
+    assert "**Yes**: instance is ahead of none in accuracy B to A" in verdicts[2]
+    assert "**The seeds do not tell them apart**" in verdicts[3]
+    assert "**Yes**: conditional_batch is ahead of batch in accuracy, FID" in verdicts[4]
+    assert "**Yes**: conditional_batch is ahead of none in accuracy, FID" in verdicts[5]
+    assert choice("cyclegan", 1, runs).startswith(
+        "- CycleGAN, batch size 1: **`instance`**; `batch`"
+    )
+    assert "(behind `conditional_batch`)" in choice("resblock_gan", 16, runs)
+    for text in verdicts[6:]:
         assert "At the first evaluation, step 2: **It costs**" in text and "At the end: **" in text
     assert len(table("resblock_gan", runs).splitlines()) == 2 + 9 + 1
 
@@ -126,7 +136,7 @@ def test_a_verdict_follows_the_figures(whole: Path):
         rewrite(whole / first / f"seed_{seed}", "accuracy", 0.1)
     found = answer(QUESTIONS[0], read(whole)[0])
     assert "**No, the reverse**: batch is ahead of instance in accuracy B to A" in found
-    assert "| 10.0% ± 0.0% | 51.0% ± 1.0% | -41.0 points | no |" in found
+    assert "| 10.0% ± 0.0% | 51.0% ± 1.0% | -41.0 points | yes |" in found
 
 
 def test_absent_runs_say_why(whole: Path):
@@ -182,7 +192,27 @@ def test_tiles_are_where_the_monitor_draws_them(trained: Path, tmp_path: Path):
         Sheet(found, 4)
 
 
+def test_many_seeds_are_told_apart_by_a_test():
+    few, many = (Spread(tuple(map(float, range(n)))) for n in (3, 8))
+    shifted = Spread(tuple(x + 5.5 for x in many.values))
+    assert not apart(few, Spread((2.0, 9.0))) and apart(few, Spread((2.5, 9.0)))
+    assert many.overlaps(shifted) and apart(many, shifted)
+    assert not apart(many, Spread(tuple(x + 0.5 for x in many.values)))
+
+
+def test_the_commands_choose_what_they_should():
+    parser = OverridesParser.create()
+    chosen = []
+    for line in COMMANDS.splitlines()[:2]:
+        words = shlex.split(line)[3:]
+        seeds, study = (parser.parse_override(word) for word in words)
+        names = [study.value().filter(list(members()))]
+        chosen += [(seed, name) for seed in seeds.sweep_iterator() for name in names[0]]
+    assert len(chosen) == 57 + 15 and len(set(chosen)) == len(chosen)
+
+
 def test_the_commands_are_those_of_the_docs():
-    readme = (ROOT / "README.md").read_text()
-    for line in norm_study.COMMANDS.splitlines():
-        assert line.removeprefix("python train.py ") in readme
+    paths = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "".join(path.read_text() for path in paths if path.stem != "norm_study")
+    first, *_, last = COMMANDS.splitlines()
+    assert first.removeprefix("python train.py ") in text and last in text

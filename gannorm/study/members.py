@@ -8,7 +8,7 @@ folder; everything else is the model's own configuration. Runs of a task and bat
 same number of steps, so that all norms see the same images, and those numbers are such that every
 run takes about the same time.
 
-`python -m benchmarks.norm_study` makes the report.
+`python -m gannorm.study` makes the report.
 """
 
 from dataclasses import dataclass, field

@@ -1,14 +1,13 @@
-"""The norm study's pictures: curves over training time, samples of all norms side by side."""
+"""The norm study's pictures: curves over the steps, samples of all norms side by side."""
 
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.norm_study import FIGURES, Figure, Run, Runs, label, spread
+from gannorm.study.runs import COLUMNS, Column, Run, Runs, label, spread
 from gannorm.training.monitor import SMALLEST_TILE
 
 COLOURS = {
@@ -19,27 +18,27 @@ DASHES = {"": "-", "gamma_0": "--", "moving_var_0": ":"}
 PADDING, GAP = 4, 16  # between the tiles and the grids of a run's sample picture
 TILE = 64  # pixels here; smaller images are enlarged by a whole factor
 SHOWN = {
-    "cyclegan": (Figure("accuracy_BtoA", "accuracy B to A", True),
-                 Figure("accuracy_AtoB", "accuracy A to B", True),
-                 Figure("fid", "FID, mean of both directions")),
-    "resblock_gan": FIGURES["resblock_gan"][:3],
+    "cyclegan": (Column("accuracy_BtoA", "accuracy B to A"),
+                 Column("accuracy_AtoB", "accuracy A to B"),
+                 Column("fid", "FID, mean of both directions")),
+    "resblock_gan": COLUMNS["resblock_gan"][:3],
 }  # fmt: skip
 
 
 def draw(runs: Runs, folder: Path) -> dict[str, list[Path]]:
     """Write the PNGs into `folder`: their paths by model."""
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, list[Path]] = {}
+    pictures: dict[str, list[Path]] = {}
     for model in SHOWN:
         mine = {name: each for name, each in runs.items() if each[0].member.model == model}
         if mine:
-            found[model] = [curves(mine, SHOWN[model], folder / f"{model}_curves.png")]
+            pictures[model] = [curves(mine, SHOWN[model], folder / f"{model}_curves.png")]
             samples = translations if model == "cyclegan" else classes
-            found[model] += samples(mine, folder)
-    return found
+            pictures[model] += samples(mine, folder)
+    return pictures
 
 
-def curves(runs: Runs, figures: Iterable[Figure], path: Path) -> Path:
+def curves(runs: Runs, figures: Iterable[Column], path: Path) -> Path:
     """A row for each batch size, a column for each figure: mean over seeds, and their range."""
     import matplotlib
 
@@ -64,7 +63,7 @@ def curves(runs: Runs, figures: Iterable[Figure], path: Path) -> Path:
             axis.grid(alpha=0.25)
             axis.set(**({"ylim": (0, 1.03)} if figure.higher else {"yscale": "log"}))
     for axis in axes[-1]:
-        axis.set_xlabel("seconds of training")
+        axis.set_xlabel("steps")
     known = {text: line for axis in axes.flat
              for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}  # fmt: skip
     below = 0.1 + 0.22 * math.ceil(len(known) / 5)  # inches
@@ -75,20 +74,19 @@ def curves(runs: Runs, figures: Iterable[Figure], path: Path) -> Path:
     return _small(Image.open(path).convert("RGB"), path)
 
 
-def _curve(axis: Any, runs: list[Run], figure: Figure) -> None:
+def _curve(axis: Any, runs: list[Run], figure: Column) -> None:
     member = runs[0].member
-    pace = fmean(run.summary["training_seconds"] / run.summary["steps"] for run in runs)
-    seconds, means, low, high = [], [], [], []
+    steps, means, low, high = [], [], [], []
     for k, line in enumerate(runs[0].evaluations):
         found = spread(runs, figure, k)
         if found is not None:
-            seconds.append(line["step"] * pace)
+            steps.append(line["step"])
             means.append(found.mean)
             low.append(min(found.values))
             high.append(max(found.values))
-    colour = COLOURS[member.norm]
-    axis.plot(seconds, means, DASHES[member.mistake], color=colour, label=label(member), lw=1.6)
-    axis.fill_between(seconds, low, high, color=colour, alpha=0.15, linewidth=0)
+    colour = COLOURS.get(member.norm, "black")
+    axis.plot(steps, means, DASHES[member.mistake], color=colour, label=label(member), lw=1.6)
+    axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 # ---- samples
