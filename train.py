@@ -5,7 +5,10 @@ python train.py model=resblock_gan norm=conditional_batch    # class-conditional
 python train.py --help                                       # every choice and key
 """
 
-from gannorm.commands.train import main
+from gannorm.errors import answering_requests
+
+with answering_requests():  # without the extra `train` something is missing
+    from gannorm.commands.train import main
 
 if __name__ == "__main__":
     main()

@@ -7,9 +7,11 @@ import argparse
 import signal
 from pathlib import Path
 
-from gannorm.commands.inference import sample, translate
-from gannorm.commands.inspection import inspect
 from gannorm.errors import answering_requests
+
+with answering_requests():  # without the extra `train` something is missing
+    from gannorm.commands.inference import sample, translate
+    from gannorm.commands.inspection import inspect
 
 
 def parser() -> argparse.ArgumentParser:

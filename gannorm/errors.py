@@ -15,9 +15,19 @@ class RequestError(ValueError):
 
 @contextmanager
 def answering_requests() -> Iterator[None]:
-    """Turn a RequestError inside the block into its one line and exit code 2."""
+    """Turn a RequestError inside the block into its one line and exit code 2.
+
+    A missing package too: the norms need torch alone, the command lines the extra `train`.
+    """
     try:
         yield
     except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        said = str(error)
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.split(".")[0] in ("gannorm", "torch"):
+            raise
+        said = f'{error.name} is not installed; training needs it: pip install -e ".[train]"'
+    else:
+        return
+    print(f"error: {said}", file=sys.stderr)
+    raise SystemExit(2)

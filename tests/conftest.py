@@ -19,11 +19,7 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from sklearn.datasets import load_digits  # noqa: E402
-from sklearn.utils import Bunch  # noqa: E402
 from triton import knobs  # noqa: E402
-
-from benchmarks.gpu import rehearsal  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -32,6 +28,8 @@ def the_interpreter_as_a_gpu_rounds():
     if not knobs.runtime.interpret:
         yield
         return
+    from benchmarks.gpu import rehearsal
+
     with rehearsal.rounding_to_nearest(), rehearsal.patching_once():
         yield
 
@@ -50,6 +48,9 @@ FEW = 300  # digits, every fifth of them held out
 @pytest.fixture(scope="module")
 def quick_runs():
     """For tests of training alone: a sixth of the digits, read by a classifier of two steps."""
+    from sklearn.datasets import load_digits
+    from sklearn.utils import Bunch
+
     from gannorm.metrics import features
 
     bunch = load_digits()

@@ -7,7 +7,6 @@ import torch
 from parity import close
 from torch import nn
 from torch.nn.utils import parametrizations, prune
-from torchvision.models import resnet18
 
 import gannorm
 from gannorm import convert
@@ -57,8 +56,9 @@ def kinds(model: nn.Module) -> list[str]:
 
 
 def test_resnet18():
+    models = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
-    model = resnet18(num_classes=5).double()
+    model = models.resnet18(num_classes=5).double()
     norms = kinds(model).count("BatchNorm2d")
     ours = check(model, torch.randn(2, 3, 64, 64).double(), fuse=True)
     assert sum(type(m) is gannorm.BatchNorm2d for m in ours.modules()) == norms == 20

@@ -1,6 +1,7 @@
 """gannorm.kernels from the source tree, a wheel and an editable install, beside `kernels`."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -92,7 +93,11 @@ def test_the_source_tree(tmp_path: Path):
 def test_a_wheel(copy: Path, other: Path, tmp_path: Path):
     pip("wheel", copy, "-w", tmp_path)
     (wheel,) = tmp_path.glob("gannorm-*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
+    archive = zipfile.ZipFile(wheel)
+    names = set(archive.namelist())
+    (metadata,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
+    needed = re.findall(r"^Requires-Dist: (\w+)(?!.*extra ==)", metadata, re.MULTILINE)
+    assert needed == ["torch", "triton"]  # the rest is for training
     assert {
         name.removeprefix("gannorm/kernels/") for name in names if "/kernels/" in name
     } == KERNELS
