@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairs import pairs
 from parity import BACKENDS, EPILOGUES, TOLERANCE, close, compare, epilogue, leaf
 from torch.nn import functional as F
 
@@ -18,10 +19,9 @@ def table_norm(x, labels, w, b, mean, var, training):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("e", EPILOGUES, ids=str)
+@pytest.mark.parametrize(
+    "dtype,shape,training,e", pairs(TOLERANCE, SHAPES, [True, False], EPILOGUES), ids=str
+)
 def test_against_nn(backend, dtype, shape, training, e):
     torch.manual_seed(0)
     n, c = shape[:2]

@@ -180,7 +180,7 @@ def test_a_wrong_list_names_the_key(widths: str):
 
 
 def test_a_wrong_choice_lists_the_right_ones():
-    assert "auto, triton, torch" in refused("norm.backend=cuda")
+    assert "auto, triton, cpu, torch" in refused("norm.backend=cuda")
     assert "digits_m" in refused("data.name=faces") and "instance" in refused("norm.name=foo")
 
 

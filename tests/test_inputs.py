@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairs import pairs
 from parity import BACKENDS, close
 from torch.nn import functional as F
 
@@ -61,9 +62,7 @@ GRADS = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend,op,layout", pairs(BACKENDS, OPS, LAYOUTS))
 def test_layouts(backend, op, layout):
     torch.manual_seed(0)
     x = LAYOUTS[layout]()
@@ -110,9 +109,9 @@ def test_a_gradient_of_stride_0(backend, op):
 LIMITS = {"cpu": (1.5, 0.75), "triton": (1.75, 1.25), "torch": (2.5, 2.0)}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("offset", [0, 1, 10, 100, 1e3, 1e4, 1e5, 1e6])
+@pytest.mark.parametrize(
+    "backend,op,offset", pairs(BACKENDS, OPS, [0, 1, 10, 100, 1e3, 1e4, 1e5, 1e6])
+)
 def test_offsets(backend, op, offset):
     """Unit variance far from 0: right to the last places, and where torch is not, closer than it.
 
@@ -161,9 +160,9 @@ def test_magnitude_of_1e30(backend, op, magnitude):
         assert (a - e).abs().max() <= 1e-3 * e.abs().max()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("value", [0.01, -0.3, 3.3, 1e3, 1e7, 1e10])
+@pytest.mark.parametrize(
+    "backend,op,value", pairs(BACKENDS, OPS, [0.01, -0.3, 3.3, 1e3, 1e7, 1e10])
+)
 def test_flat_sets_give_exactly_the_bias(backend, op, value):
     torch.manual_seed(0)
     x = torch.full((3, 4, 6, 7), value)
@@ -174,10 +173,11 @@ def test_flat_sets_give_exactly_the_bias(backend, op, value):
     assert torch.equal(y, table[:, :, None, None].expand_as(x))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("same", [True, False], ids=["same dtype", "float32 parameters"])
+@pytest.mark.parametrize(
+    "backend,op,dtype,same",  # same: the parameters' dtype, else float32
+    pairs(BACKENDS, OPS, [torch.float16, torch.bfloat16], [True, False]),
+    ids=str,
+)
 def test_half_precision(backend, op, dtype, same):
     """The output's error, and the gradients', against a float64 oracle."""
     torch.manual_seed(0)
@@ -209,9 +209,7 @@ def test_autocast(backend):
     close(y.float(), F.instance_norm(h.float()) + x, 2e-2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("backend,op,bad", pairs(BACKENDS, OPS, [torch.nan, torch.inf, -torch.inf]))
 def test_containment(backend, op, bad):
     """One bad value spoils its statistics set and nothing else, in output and gradients."""
     torch.manual_seed(0)

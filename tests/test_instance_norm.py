@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairs import pairs
 from parity import BACKENDS, EPILOGUES, TOLERANCE, compare, epilogue, leaf
 from torch.nn import functional as F
 
@@ -13,9 +14,7 @@ SHAPES = [(2, 4, 3, 5), (1, 3, 7, 1), (3, 1, 2, 2), (1, 2, 67, 71)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("e", EPILOGUES, ids=str)
+@pytest.mark.parametrize("dtype,shape,e", pairs(TOLERANCE, SHAPES, EPILOGUES), ids=str)
 def test_against_nn(backend, dtype, shape, e):
     torch.manual_seed(0)
     channels = shape[1]

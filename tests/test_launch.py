@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairs import pairs
 from parity import close, epilogue, leaf
 from torch.nn import functional as F
 
@@ -42,9 +43,7 @@ def kind(request, monkeypatch):
     launch.forget()
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("e", [{}, FUSED], ids=str)
+@pytest.mark.parametrize("shape,layout,e", pairs(SHAPES, LAYOUTS, [{}, FUSED]), ids=str)
 def test_every_plan_of_every_norm(kind, layout, shape, e):
     torch.manual_seed(0)
     n, c = shape[:2]
@@ -54,7 +53,7 @@ def test_every_plan_of_every_norm(kind, layout, shape, e):
     x = LAYOUTS[layout](torch.randn(shape).double() + 2).requires_grad_()
     r = torch.randn(shape).double().requires_grad_() if e.get("residual") else None
     leaves = [x, w, b] + ([] if r is None else [r])
-    pairs = {
+    ops = {
         "instance": (
             lambda k: G.instance_norm(x, weight=w[0], bias=b[0], **k),
             lambda: F.instance_norm(x, weight=w[0], bias=b[0]),
@@ -72,7 +71,7 @@ def test_every_plan_of_every_norm(kind, layout, shape, e):
             lambda: F.batch_norm(x, b[0].detach(), w[1].detach().exp(), w[0], b[0]),
         ),
     }
-    for ours, theirs in pairs.values():
+    for ours, theirs in ops.values():
         y, expected = ours({**e, "residual": r}), epilogue(theirs(), r, e)
         close(y, expected, 1e-10)
         if layout == "channels_last":

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from pairs import pairs
 from parity import close, leaf
 from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -41,9 +42,7 @@ COMPILED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("op", COMPILED)
+@pytest.mark.parametrize("op,dynamic,backend", pairs(COMPILED, [False, True], BACKENDS))
 def test_compiled_equals_eager(backend, dynamic, op):
     torch.manual_seed(0)
     torch._dynamo.reset()

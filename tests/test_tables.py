@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_train import forked
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -16,14 +17,11 @@ SMALL = [
 OWN = ["norm=halves", "data=stripes", "metrics.best=mean_distance"]
 
 
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    own = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, script, "model=resblock_gan", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
-
-
 def test_a_norm_a_data_set_and_a_figure_from_outside_train(tmp_path):
-    done = run("examples/own_parts.py", *OWN, *SMALL, f"hydra.run.dir={tmp_path}")
+    own = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "examples/own_parts.py", "model=resblock_gan", *OWN, *SMALL]
+    command += [f"hydra.run.dir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "norm halves, data stripes (400 images)" in done.stdout
     assert "mean_distance: " in done.stdout and "(real " in done.stdout
@@ -35,14 +33,9 @@ def test_a_norm_a_data_set_and_a_figure_from_outside_train(tmp_path):
     assert any("quality/mean_distance" in line for line in lines)
 
 
-def test_a_norm_from_outside_has_its_place_in_the_refusals(tmp_path):
-    done = run("examples/own_parts.py", "model=cyclegan", "data=stripes", "norm=conditional_batch")
-    assert done.returncode == 2 and "data=stripes cannot train model=cyclegan" in done.stderr
-
-
 @pytest.mark.parametrize("choice", OWN)
-def test_without_the_registration_they_are_unknown(choice):
-    done = run("train.py", choice)
+def test_without_the_registration_they_are_unknown(choice, tmp_path):
+    done = forked("model=resblock_gan", choice, said=tmp_path)
     name = choice.partition("=")[2]
     assert done.returncode == 2 and name in done.stderr and "unknown" in done.stderr
     assert "Traceback" not in done.stderr

@@ -42,7 +42,7 @@ def _load(cfg: TorchvisionConfig, train: bool) -> tuple[Tensor, Tensor]:
     except (RuntimeError, OSError, ValueError, AssertionError) as error:  # URLError is an OSError
         reason = " ".join(str(error).split()) or "damaged file"
         raise RequestError(
-            f"data={cfg.name}: not split in {root} and not to be downloaded here ({reason}); put "
+            f"data={cfg.name}: not found in {root} and not to be downloaded here ({reason}); put "
             f"torchvision's {cfg.name} files there, name another folder with data.root=, or use "
             "data=digits, which needs no download"
         ) from error
