@@ -1,38 +1,20 @@
 """GAN training on Triton normalization kernels.
 
-The norm layers stand here; the ops are in `gannorm.norms.functional`.
+The norm layers stand here; the ops are in `gannorm.functional`. Training needs the extra `train`.
 """
 
 from typing import Any
 
-from gannorm.norms import (
-    BatchNorm2d,
-    ConditionalBatchNorm2d,
-    ConditionalInstanceNorm2d,
-    GroupNorm,
-    InstanceNorm2d,
-    LayerNorm2d,
-    convert,
-    use_backend,
-)
+from gannorm import norms
+from gannorm.norms import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BatchNorm2d",
-    "ConditionalBatchNorm2d",
-    "ConditionalInstanceNorm2d",
-    "GroupNorm",
-    "InstanceNorm2d",
-    "LayerNorm2d",
-    "build_norm",
-    "convert",
-    "use_backend",
-]
+__all__ = norms.__all__ + ["build_norm"]  # noqa: F405
 
 
 def __getattr__(name: str) -> Any:
-    """`build_norm`, imported when asked for: it reads configs, and the layers need no Hydra."""
+    """`build_norm`, imported when asked for: it reads configs, which the layers need not."""
     if name == "build_norm":
         from gannorm.models.norm_factory import build_norm
 
