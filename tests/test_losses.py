@@ -108,6 +108,15 @@ def test_confident_logits_do_not_overflow(kind: str):
         assert generator_loss(fake, kind, real).isfinite()
 
 
+def test_an_unknown_loss_is_an_error():
+    for loss in (
+        lambda: generator_loss(FAKE, "wgan_gp"),
+        lambda: discriminator_loss(REAL, FAKE, ""),
+    ):
+        with pytest.raises(KeyError):
+            loss()
+
+
 def test_discriminator_accuracy():
     shares = {kind: discriminator_accuracy(REAL, FAKE, kind) for kind in LOSSES}
     assert shares["lsgan"] == {"real": 0.25, "fake": 0.5}  # of 2, 0.5, -1, 0; of -3, 0, 0.5, 1
