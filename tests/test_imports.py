@@ -79,6 +79,7 @@ def test_the_norms_tests_need_torch_and_triton_alone():
     [
         "sys.argv = ['train.py', 'norm=batch']; runpy.run_path('train.py', run_name='__main__')",
         "sys.argv = ['gannorm', 'inspect']; runpy.run_module('gannorm', run_name='__main__')",
+        "sys.argv = ['study']; runpy.run_module('gannorm.study', run_name='__main__')",
     ],
 )
 def test_a_command_without_the_extra_names_it(start: str):

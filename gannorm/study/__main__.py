@@ -10,10 +10,12 @@ import argparse
 from pathlib import Path
 
 from gannorm.errors import answering_requests
-from gannorm.study.members import FOLDER
-from gannorm.study.plots import draw
-from gannorm.study.report import report
-from gannorm.study.runs import read
+
+with answering_requests():  # without the extra `train` something is missing
+    from gannorm.study.members import FOLDER
+    from gannorm.study.plots import draw
+    from gannorm.study.report import report
+    from gannorm.study.runs import read
 
 
 def main(argv: list[str] | None = None) -> None:
