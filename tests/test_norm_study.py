@@ -118,11 +118,12 @@ def test_the_report_of_all_runs(whole: Path, tmp_path: Path):
     assert "**The seeds do not tell them apart**" in verdicts[3]
     assert "**Yes**: conditional_batch is ahead of batch in accuracy, FID" in verdicts[4]
     assert "**Yes**: conditional_batch is ahead of none in accuracy, FID" in verdicts[5]
-    assert choice("cyclegan", 1, runs).startswith(
-        "- CycleGAN, batch size 1: **`instance`**; `batch`"
+    assert "**The seeds do not tell them apart**" in verdicts[6]
+    assert choice("resblock_gan", 16, runs).startswith(
+        "- Class-conditional ResBlock GAN, batch size 16: **choose `conditional_batch` (12.11)**. "
+        "The rest: `instance` (21.00) behind `conditional_batch`, "
     )
-    assert "(behind `conditional_batch`)" in choice("resblock_gan", 16, runs)
-    for text in verdicts[6:]:
+    for text in verdicts[7:]:
         assert "At the first evaluation, step 2: **It costs**" in text and "At the end: **" in text
     assert len(table("resblock_gan", runs).splitlines()) == 2 + 9 + 1
 
@@ -131,12 +132,18 @@ def test_a_verdict_follows_the_figures(whole: Path):
     first, second = QUESTIONS[0].first, QUESTIONS[0].second
     for seed in (0, 1, 2):
         rewrite(whole / second / f"seed_{seed}", "fid", 5.0)
-    assert "**Mixed**: instance is ahead in accuracy" in answer(QUESTIONS[0], read(whole)[0])
+    runs = read(whole)[0]
+    assert "**Mixed**: instance is ahead in accuracy" in answer(QUESTIONS[0], runs)
+    mixed = "**choose `batch` (5.00)**. No norm is ahead of `instance` (12.11) either. The rest: "
+    assert mixed in choice("cyclegan", 1, runs)
     for seed in (0, 1, 2):
         rewrite(whole / first / f"seed_{seed}", "accuracy", 0.1)
     found = answer(QUESTIONS[0], read(whole)[0])
     assert "**No, the reverse**: batch is ahead of instance in accuracy B to A" in found
     assert "| 10.0% ± 0.0% | 51.0% ± 1.0% | -41.0 points | yes |" in found
+    for seed in (0, 1, 2):
+        rewrite(whole / second / f"seed_{seed}", "fid_AtoB", 40.0)
+    assert "**choose `instance` (12.11)**" in choice("cyclegan", 1, read(whole)[0])
 
 
 def test_absent_runs_say_why(whole: Path):

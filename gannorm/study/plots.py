@@ -58,7 +58,9 @@ def curves(runs: Runs, figures: Iterable[Column], path: Path) -> Path:
             reference = alike[0][0].summary["reference"]
             real = reference.get(f"{figure.key}_real")
             if real is not None:
-                axis.axhline(real, color="black", linewidth=0.8, linestyle=(0, (1, 3)))
+                axis.axhline(
+                    real, color="black", linewidth=0.8, linestyle=(0, (1, 3)), label="real images"
+                )
             axis.set_title(f"{figure.title}, batch size {size}", fontsize=10)
             axis.grid(alpha=0.25)
             axis.set(**({"ylim": (0, 1.03)} if figure.higher else {"yscale": "log"}))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gannorm.study.members import LOSS, members
-from gannorm.study.runs import COLUMNS, SEEDS, TITLES, Runs, apart, label, spread
+from gannorm.study.runs import COLUMNS, SEEDS, TITLES, Column, Runs, apart, label, spread
 
 COMMANDS = """\
 python train.py -m seed=0,1,2 'study=glob(*)'
@@ -35,10 +35,12 @@ QUESTIONS = (
     Question("And at batch size 16?", "cyclegan-instance-16", "cyclegan-batch-16"),
     Question("Does a CycleGAN need a norm at all, at batch size 1?",
              "cyclegan-instance-1", "cyclegan-none-1"),
-    Question("And at batch size 16?", "cyclegan-batch-16", "cyclegan-none-16"),
+    Question("And at batch size 16?", "cyclegan-instance-16", "cyclegan-none-16"),
     Question("Does conditional batch norm beat plain batch norm for labelled data?",
              RIGHT, "resblock_gan-batch-16"),
     Question("Does the class-conditional GAN need a norm at all?", RIGHT, "resblock_gan-none-16"),
+    Question("And is conditional instance norm better than none?",
+             "resblock_gan-conditional_instance-16", "resblock_gan-none-16"),
     Question("What does a gamma that starts at 0 cost?", RIGHT, f"{RIGHT}-gamma_0", *COST),
     Question("What does a moving variance that starts at 0 cost?",
              RIGHT, f"{RIGHT}-moving_var_0", *COST),
@@ -148,7 +150,7 @@ def choice(model: str, size: int, runs: Runs) -> str:
         if (each[0].member.model, each[0].batch_size) == (model, size)
         and not each[0].member.mistake and len(each) > 1
     ]  # fmt: skip
-    fid = next(c for c in COLUMNS[model] if c.key.startswith("fid"))
+    fid = Column("fid", "FID")  # of a translation, the mean of both directions
     means = {name: s.mean for name in alike if (s := spread(runs[name], fid)) is not None}
     order = sorted(means, key=lambda name: means[name])
     ahead: dict[str, str] = {}  # of a norm, the best of those that are ahead of it
@@ -158,13 +160,15 @@ def choice(model: str, size: int, runs: Runs) -> str:
             if sides and sides["better"] and not sides["worse"]:
                 ahead.setdefault(name, other)
     norm = {name: runs[name][0].member.norm for name in order}
-    best = [f"`{norm[name]}`" for name in order if name not in ahead]
-    rest = [f"`{norm[name]}` (behind `{norm[ahead[name]]}`)" for name in order if name in ahead]
+    said = {name: f"`{norm[name]}` ({fid.shown(means[name])})" for name in order}
+    best = [said[name] for name in order if name not in ahead]
+    rest = [f"{said[name]} behind `{norm[ahead[name]]}`" for name in order if name in ahead]
+    where = f"- {TITLES[model]}, batch size {size}:"
     if not best:
-        return f"- {TITLES[model]}, batch size {size}: not known, too few runs."
-    text = f"- {TITLES[model]}, batch size {size}: **{best[0]}**"
-    text += f"; {', '.join(best[1:])} not told apart from the best" if best[1:] else ""
-    return text + (f"; {', '.join(rest)}." if rest else ".")
+        return f"{where} not known, too few runs."
+    text = f"{where} **choose {best[0]}**."
+    text += f" No norm is ahead of {', '.join(best[1:])} either." if best[1:] else ""
+    return text + (f" The rest: {', '.join(rest)}." if rest else "")
 
 
 # ---- the whole
@@ -212,11 +216,17 @@ def report(runs: Runs, absent: list[str], pictures: dict[str, list[Path]], out: 
         ),
         protocol(runs),
         "## What to choose",
+        textwrap.fill(
+            "By mean FID (in brackets), the norms that no other is ahead of: better in a figure, "
+            "worse in none. A norm with few or scattered seeds is harder to be ahead of.", 120
+        ),
         "\n".join(choice(model, size, runs) for model in TITLES for size in sizes(model, runs)),
         "## Answers",
         textwrap.fill(
             "A difference counts where the ranges of the seeds do not overlap; with five seeds or "
-            "more on both sides, where Mann and Whitney's test tells them apart at 5%.", 120
+            "more on both sides, where Mann and Whitney's test tells them apart at 5%. Chance "
+            "alone sets the ranges of three seeds and three apart once in ten figures, and nothing "
+            "is corrected for the number of figures: a single one told apart is a hint.", 120
         ),
         *(answer(question, runs) for question in QUESTIONS),
     ]  # fmt: skip
