@@ -87,7 +87,7 @@ def test_the_report_of_a_real_multirun(trained: Path, tmp_path: Path, capsys):
     assert "4 steps, 8 images a domain, 2 evaluations" in text
     for name in ("`cyclegan-batch-1`, seed 0: not started", "`resblock_gan-batch-16`, seed 1"):
         assert name in text and f"absent: {name}" in said
-    assert "Not known: fewer than two runs of `cyclegan-instance-1` and `cyclegan-batch-1`" in text
+    assert "Not known: fewer than two seeds of `cyclegan-instance-1` and `cyclegan-batch-1`" in text
     pictures = {path.name for path in (tmp_path / "study").iterdir()}
     assert pictures == {
         "cyclegan_curves.png", "cyclegan_AtoB.png", "cyclegan_BtoA.png",

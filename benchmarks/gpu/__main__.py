@@ -35,7 +35,7 @@ from benchmarks.gpu.table import table
 from gannorm.errors import RequestError, answering_requests
 
 NAMES = [stage.name for stage in STAGES]
-HYDRA = ("hydra", "omegaconf", "antlr4")
+HYDRA = ("hydra", "omegaconf", "antlr4", "pydantic")
 NO_HYDRA = (
     "hydra-core is not installed; pip install hydra-core, or put its wheels on PYTHONPATH "
     "(docs/gpu.md)"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gannorm.study.members import LOSS, members
-from gannorm.study.runs import COLUMNS, SEEDS, TITLES, Column, Runs, apart, label, spread
+from gannorm.study.runs import COLUMNS, SEEDS, TITLES, Column, Run, Runs, apart, label, spread
 
 COMMANDS = """\
 python train.py -m seed=0,1,2 'study=glob(*)'
@@ -88,9 +88,17 @@ def table(model: str, runs: Runs) -> str:
 Sides = dict[str, list[str]]
 
 
+def shared(first: str, second: str, runs: Runs) -> tuple[list[Run], list[Run]]:
+    """The runs of two members with the seeds that both have."""
+    pair = runs.get(first, []), runs.get(second, [])
+    seeds = set.intersection(*({run.seed for run in each} for each in pair))
+    one, two = ([run for run in each if run.seed in seeds] for each in pair)
+    return one, two
+
+
 def compared(first: str, second: str, runs: Runs, evaluation: int = -1) -> tuple[Sides, list[str]]:
     """The titles of the figures in which `first` is better, worse, neither; and rows of them."""
-    one, two = runs[first], runs[second]
+    one, two = shared(first, second, runs)
     sides: Sides = {"better": [], "worse": [], "neither": []}
     rows = []
     for column in COLUMNS[one[0].member.model]:
@@ -110,11 +118,10 @@ def compared(first: str, second: str, runs: Runs, evaluation: int = -1) -> tuple
 def answer(question: Question, runs: Runs) -> str:
     """The verdict on a question and the figures that it follows from."""
     lines = [f"### {question.text}"]
-    lacking = [name for name in (question.first, question.second) if len(runs.get(name, ())) < 2]
-    if lacking:
-        those = " and ".join(f"`{name}`" for name in lacking)
-        return f"{lines[0]}\n\nNot known: fewer than two runs of {those}."
-    pair = runs[question.first], runs[question.second]
+    pair = shared(question.first, question.second, runs)
+    if len(pair[0]) < 2:
+        those = f"`{question.first}` and `{question.second}`"
+        return f"{lines[0]}\n\nNot known: fewer than two seeds of {those}."
     names = [f"{label(each[0].member)} ({len(each)} runs)" for each in pair]
     for evaluation in (0, -1) if question.early else (-1,):
         step = pair[0][0].evaluations[evaluation]["step"]
@@ -223,10 +230,11 @@ def report(runs: Runs, absent: list[str], pictures: dict[str, list[Path]], out: 
         "\n".join(choice(model, size, runs) for model in TITLES for size in sizes(model, runs)),
         "## Answers",
         textwrap.fill(
-            "A difference counts where the ranges of the seeds do not overlap; with five seeds or "
-            "more on both sides, where Mann and Whitney's test tells them apart at 5%. Chance "
-            "alone sets the ranges of three seeds and three apart once in ten figures, and nothing "
-            "is corrected for the number of figures: a single one told apart is a hint.", 120
+            "Two norms are compared on the seeds that both have. A difference counts where the "
+            "ranges do not overlap; with five seeds or more, where Mann and Whitney's test tells "
+            "them apart at 5%. Chance alone sets the ranges of three seeds and three apart once in "
+            "ten figures, and nothing is corrected for the number of figures: a single one told "
+            "apart is a hint.", 120
         ),
         *(answer(question, runs) for question in QUESTIONS),
     ]  # fmt: skip
