@@ -159,8 +159,8 @@ def _processors(device: torch.device) -> int:
 
 def _bounds(device: torch.device, key: str) -> Bounds | None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    found = tuned().get(name, {}).get(key)
-    return None if found is None else Bounds(int(found[0]), int(found[1]), int(found[2]), found[3])
+    best = tuned().get(name, {}).get(key)
+    return None if best is None else Bounds(int(best[0]), int(best[1]), int(best[2]), best[3])
 
 
 class Launches:
@@ -214,20 +214,20 @@ class Launches:
         slope = (self.kind, spec.activation, spec.negative_slope)
         blocks = (p.block_p, p.block_g, p.block_s, p.even)
         apply = (*slope, spec.eps, dtype, spec.residual_after_activation, *blocks)
-        back: tuple[Any, ...] = (*slope, dtype, *blocks)
+        backward: tuple[Any, ...] = (*slope, dtype, *blocks)
         self.summed = p.persistent and batch and rows <= SUMMED_ROWS and self.tables
         nothing: Kernel | None = None
         self.moments = self.merge = self.sum = self.reduce = nothing
         if p.persistent:
             grid = (p.blocks, 1, 1)
             self.apply = self._kernel(persistent_forward_kernel, grid, p.warps, numbers, apply)
-            back, kernel = (*back, self.summed), persistent_backward_kernel
+            backward, kernel = (*backward, self.summed), persistent_backward_kernel
         else:
-            self._split(p, numbers, dtype, apply, back)
+            self._split(p, numbers, dtype, apply, backward)
             grid, numbers = (p.blocks, p.chunks, 1), (*numbers, p.parts, p.loops)
-            back, kernel = (*back, p.cut), split_dx_kernel
+            backward, kernel = (*backward, p.cut), split_dx_kernel
         # Without dx, with it.
-        self.back = [self._kernel(kernel, grid, p.warps, numbers, back) for _ in range(2)]
+        self.dx_kernels = [self._kernel(kernel, grid, p.warps, numbers, backward) for _ in range(2)]
         self.table = self._kernel(
             table_grad_kernel, (rows, triton.cdiv(c, TABLE_COLUMNS), 1), 4, (n, c, p.parts),
             (dtype, TABLE_SAMPLES, TABLE_COLUMNS),
@@ -237,7 +237,7 @@ class Launches:
 
     def _split(
         self, p: Plan, numbers: tuple[int, ...], dtype: Any, apply: tuple[Any, ...],
-        back: tuple[Any, ...],
+        backward: tuple[Any, ...],
     ) -> None:  # fmt: skip
         """The kernels of a split plan, but for dx."""
         planes, sets, _, total = self.domain
@@ -248,7 +248,7 @@ class Launches:
         )
         if self.tables or not self.given:
             self.sum = self._kernel(
-                split_sums_kernel, grid, p.warps, (*numbers, *parts), (*back, p.cut)
+                split_sums_kernel, grid, p.warps, (*numbers, *parts), (*backward, p.cut)
             )
         if self.given:
             return
@@ -328,7 +328,7 @@ class Launches:
             sums = x.new_empty((2, p.parts, n, c), dtype=self.statistics)
         if p.persistent:
             tables = (dweight, dbias) if self.summed else (None, None)
-            self.back[need_dx]((*inputs, dx, g, sums, *tables))
+            self.dx_kernels[need_dx]((*inputs, dx, g, sums, *tables))
         else:
             if self.sum is not None:
                 self.sum((*inputs, sums))
@@ -338,7 +338,7 @@ class Launches:
                     means = x.new_empty((2, self.domain[3]), dtype=self.statistics)
                     self.reduce((sums, weight, labels, means))
                     partials = None
-                self.back[need_dx]((*inputs, partials, means, dx, g))
+                self.dx_kernels[need_dx]((*inputs, partials, means, dx, g))
         if self.tables and not self.summed:
             self.table((sums, labels, dweight, dbias))
         return dx, dweight, dbias, g
@@ -369,12 +369,12 @@ def facts(t: Tensor | None) -> Any:
 def launches(tensors: tuple[Tensor | None, ...], spec: Any, given: bool) -> Launches:
     """The launches for such tensors, those of `Launches`."""
     key = (spec, given, *map(facts, tensors))
-    found = _launches.get(key)
-    if found is None:
+    known = _launches.get(key)
+    if known is None:
         if len(_launches) >= KEPT:
             _launches.clear()
-        found = _launches[key] = Launches(tensors, spec, given)
-    return found
+        known = _launches[key] = Launches(tensors, spec, given)
+    return known
 
 
 def forward(

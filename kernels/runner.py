@@ -38,9 +38,9 @@ class Kernel:
             if address is not None:
                 bits |= address
         aligned = () if not bits & 15 else tuple([a is None or not a & 15 for a in addresses])
-        found = self.compiled.get(aligned)
-        if found is not None:
-            found(*addresses, *floats, *self.rest)
+        compiled = self.compiled.get(aligned)
+        if compiled is not None:
+            compiled(*addresses, *floats, *self.rest)
             return
         made = self.kernel[self.grid](*pointers, *floats, *self.rest, **_options(self.warps))
         if hasattr(made, "run"):  # not in the interpreter

@@ -84,10 +84,10 @@ def _chunk_moments(
     # How many elements each lane has met: a lane ends early at the set's border only.
     lane_p = (p1 - p0 - tl.arange(0, BLOCK_P) + BLOCK_P - 1) // BLOCK_P
     lane_s = (s1 - s0 - tl.arange(0, BLOCK_S) + BLOCK_S - 1) // BLOCK_S
-    seen = (lane_p[:, None, None] * lane_s[None, None, :]).to(DTYPE) + mean * 0
-    centre = set_total(mean * seen) * reciprocal(p1 - p0, s1 - s0)
+    counts = (lane_p[:, None, None] * lane_s[None, None, :]).to(DTYPE) + mean * 0
+    centre = set_total(mean * counts) * reciprocal(p1 - p0, s1 - s0)
     apart = mean - centre.to(DTYPE)[None, :, None]
-    return centre, set_total(tl.where(seen > 0, square + seen * (apart * apart), 0.0))
+    return centre, set_total(tl.where(counts > 0, square + counts * (apart * apart), 0.0))
 
 
 @triton.jit
@@ -115,9 +115,9 @@ def split_moments_kernel(
             n, g0, p0, p1, s0, s1, planes, sets, size,
             DOMAIN, DTYPE, BLOCK_P, BLOCK_G, BLOCK_S, EVEN,
         )  # fmt: skip
-        back = tl.full([], 1.2089258196146292e24, tl.float64)  # 2^80
-        mean = tl.where(huge, small_mean * back, mean)
-        square = tl.where(huge, small_square * back * back, square)
+        unscale = tl.full([], 1.2089258196146292e24, tl.float64)  # 2^80
+        mean = tl.where(huge, small_mean * unscale, mean)
+        square = tl.where(huge, small_square * unscale * unscale, square)
     to = chunk.to(tl.int64) * total + index
     tl.store(partial_ptr + to, mean, mask=mine)
     tl.store(partial_ptr + wide(chunks) * total + to, square, mask=mine)

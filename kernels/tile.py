@@ -99,8 +99,8 @@ def sum_of_squares(v):
     huge = total == float("inf")
     if tl.max(huge.to(tl.int32), 0) > 0:
         small = v * 8.271806125530277e-25
-        back = tl.full([], 1.461501637330903e48, tl.float64)  # 2^160
-        total = tl.where(huge, set_total(small * small) * back, total)
+        unscale = tl.full([], 1.461501637330903e48, tl.float64)  # 2^160
+        total = tl.where(huge, set_total(small * small) * unscale, total)
     return total
 
 

@@ -213,7 +213,7 @@ MUTANTS = tuple(Mutant(*m) for m in (
     ("Welford: weight of the mean", SPLIT, "delta * (1.0 / turn)", "delta * 0.5", CHUNKS),
     ("Welford: the old mean twice", SPLIT, "first[None, :, None]) * scale - mean), 0.0)",
      "first[None, :, None]) * scale - mean + delta / turn), 0.0)", CHUNKS),
-    ("Chan: lanes apart", SPLIT, "square + seen * (apart * apart)", "square", ELEMENTS),
+    ("Chan: lanes apart", SPLIT, "square + counts * (apart * apart)", "square", ELEMENTS),
     ("Chan: chunks apart", SPLIT, "inner + share * apart * apart", "inner", CHUNKS),
     ("Chan: share of a chunk", SPLIT, "tl.where(mask, mean * share, 0.0)",
      "tl.where(mask, mean * size, 0.0)", CHUNKS),

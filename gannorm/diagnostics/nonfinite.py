@@ -26,8 +26,8 @@ def first_nonfinite(networks: Mapping[str, nn.Module], step: Callable[[], Any]) 
     with _hooked(networks, look):
         try:
             step()
-        except _Found as found:
-            return str(found)
+        except _Found as place:
+            return str(place)
     return None
 
 
