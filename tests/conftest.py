@@ -34,7 +34,7 @@ def the_interpreter_as_a_gpu_rounds():
         yield
 
 
-LONG = ("launch", "trainer", "gpu_command", "cpu", "ops", "compile", "train", "benchmarks")
+LONG = ("launch", "loop", "gpu_command", "cpu", "ops", "compile", "train", "benchmarks")
 
 
 def pytest_collection_modifyitems(items):

@@ -16,7 +16,7 @@ TRAIN = {
     "threadpoolctl", "torchmetrics", "torchvision", "tqdm", "yaml",
 }  # fmt: skip
 NORM_TESTS = (
-    "autograd", "batch_norm", "checks", "compile", "conversion", "functional", "inputs",
+    "autograd", "batch_norm", "checks", "compile", "convert", "functional", "inputs",
     "cpu", "instance_norm", "launch", "layers", "norm_gaps", "ops", "runner",
 )  # fmt: skip
 WITHOUT = """
@@ -65,7 +65,7 @@ def test_the_benchmarks_of_the_norms_need_no_hydra():
 def test_the_norms_tests_need_torch_and_triton_alone():
     """All are collected; those of `convert` and a few of each norm run."""
     files = [f"tests/test_{name}.py" for name in NORM_TESTS]
-    few = "test_conversion or one_value_per_channel or conditional_equals or test_weight_init"
+    few = "test_convert or one_value_per_channel or conditional_equals or test_weight_init"
     options = ["-q", "-n0", "-p", "no:cacheprovider", "-p", "no:hydra_pytest", "-k", few]
     code = f"import pytest; sys.exit(pytest.main({[*options, *files]}))"
     done = without(TRAIN, code)

@@ -1,7 +1,7 @@
 """Early warnings: what goes wrong with GANs, measured while training, and named.
 
 Every threshold was measured: the two default runs stay clear of it, and a run made to fail in
-that way crosses it (`tests/test_diagnostics.py`).
+that way crosses it (`tests/test_faults.py`).
 """
 
 from collections.abc import Mapping
