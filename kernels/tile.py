@@ -154,17 +154,20 @@ def load_statistics(stats_ptr, total, index, live):
 
 
 @triton.jit
+def stays_finite(value, ptr):
+    """Whether `value` is finite in the dtype behind `ptr`: a difference with itself is then 0."""
+    rounded = value.to(ptr.dtype.element_ty)
+    return rounded - rounded == 0
+
+
+@triton.jit
 def update_running(running_mean_ptr, running_var_ptr, index, live, mean, var, momentum, bessel):
     """Move the running statistics (C,) towards the batch's; non-finite ones never enter."""
     var = var * bessel
-    # A difference with itself is 0 only where it is finite, in the buffer's dtype too.
-    live = live & (mean - mean == 0) & (var - var == 0)
     if running_mean_ptr is not None:
-        rounded = mean.to(running_mean_ptr.dtype.element_ty)
-        live = live & (rounded - rounded == 0)
+        live = live & stays_finite(mean, running_mean_ptr)
     if running_var_ptr is not None:
-        rounded = var.to(running_var_ptr.dtype.element_ty)
-        live = live & (rounded - rounded == 0)
+        live = live & stays_finite(var, running_var_ptr)
     if running_mean_ptr is not None:
         old = tl.load(running_mean_ptr + index, mask=live, other=0).to(mean.dtype)
         new = old + (mean - old) * momentum
