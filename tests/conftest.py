@@ -34,7 +34,10 @@ def the_interpreter_as_a_gpu_rounds():
         yield
 
 
-LONG = ("launch", "loop", "gpu_command", "cpu", "ops", "compile", "train", "benchmarks")
+LONG = (
+    "launch", "loop", "gpu_command", "cpu", "ops", "compile", "train", "benchmarks", "examples",
+    "faults", "task_figures", "inference", "inspection", "norm_study",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

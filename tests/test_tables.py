@@ -11,7 +11,8 @@ from test_train import forked
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
-    "model.g_widths=[8,8,8,8]", "model.d_widths=[8]", "model.d_downsamplings=1", "trainer.steps=2",
+    "data.image_size=8", "model.g_widths=[8,8]", "model.d_widths=[8]", "model.d_downsamplings=1",
+    "trainer.steps=2",
     "trainer.log_every=1", "metrics.samples=20",
 ]  # fmt: skip
 OWN = ["norm=halves", "data=stripes", "metrics.best=mean_distance"]
