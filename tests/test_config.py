@@ -179,6 +179,10 @@ def test_a_wrong_list_names_the_key(widths: str):
     assert message.startswith("model.g_widths") and "is not a configuration key" not in message
 
 
+def test_a_folder_may_be_named_by_a_number():
+    assert typed(composed("data=folder_pair", "data.root=2026")).data.root == "2026"
+
+
 def test_a_wrong_choice_lists_the_right_ones():
     assert "auto, triton, cpu, torch" in refused("norm.backend=cuda")
     assert "digits_m" in refused("data.name=faces") and "instance" in refused("norm.name=foo")
