@@ -30,7 +30,11 @@ def the_interpreter_as_a_gpu_rounds():
         return
     from benchmarks.gpu import rehearsal
 
-    with rehearsal.rounding_to_nearest(), rehearsal.patching_once():
+    with (
+        rehearsal.rounding_to_nearest(),
+        rehearsal.patching_once(),
+        rehearsal.without_overflow_checks(),
+    ):
         yield
 
 

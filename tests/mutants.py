@@ -26,11 +26,11 @@ class Mutant(NamedTuple):
     tests: str
 
 
-REF, FUN, NORMS, BASE, AUTO, CHECKS, CONV, BACK, OPS = (
+REF, FUN, NORMS, BASE, AUTO, CHECKS, CONV, BACK, OPS, PORT = (
     f"gannorm/norms/{name}.py"
     for name in (
         "composed", "functional", "layers", "base", "autograd", "checks", "convert", "backend",
-        "ops",
+        "ops", "portable",
     )
 )  # fmt: skip
 CPU, CPU_C, REAL = (
@@ -318,19 +318,33 @@ MUTANTS = tuple(Mutant(*m) for m in (
     ("residual ignored by layers", BASE, '"residual": residual,', '"residual": None,', LAYERS),
     ("residual of one image", NORMS, "None if residual is None else residual.unsqueeze(0)", "None",
      LAYERS + " -k one_image"),
-    ("convert over a forward", CONV, 'and "forward" not in norm.__dict__', "",
+    ("convert over a forward", CONV, 'if "forward" in module.__dict__:', "if False:",
      "test_convert.py -k replaced"),
     ("convert fuses twice", CONV, "norm.epilogue.activation is not None", "False",
      GAPS + "fused_activation"),
-    ("convert fuses for all holders", CONV, "fused = copy.copy(norm)", "fused = norm",
-     "test_convert.py -k slice"),
-    ("convert fuses a norm held twice", CONV, "uses[id(norm)] > 1", "uses[id(norm)] > 9",
-     "test_convert.py -k several_places"),
     ("convert fuses past hooks", CONV, "or _watched(norm)", "", "test_convert.py -k hooks_see"),
-    ("convert forgets the slope", CONV, 'getattr(follower, "negative_slope", 0.2)', "0.2",
+    ("convert fuses past all hooks", CONV, "or _has_any_global_hook()", "",
+     "test_convert.py -k every_module"),
+    ("convert skips dropouts", CONV, "(module.p == 0 or not module.training)", "True",
+     "test_convert.py -k between"),
+    ("convert forgets the slope", CONV, 'getattr(activation, "negative_slope", 0.2)', "0.2",
      "test_convert.py -k which"),
-    ("convert keeps the activation", CONV, "fused, nn.Identity()", "fused, follower",
-     "test_convert.py -k 'unet or twice'"),
+    ("convert forgets the skip", CONV, "return norm(x, residual, epilogue)",
+     "return norm(x, None, epilogue)", "test_convert.py -k resnets"),
+    ("convert pickled as itself", CONV, "kind.__bases__[1]", "kind.__bases__[0]",
+     "test_convert.py -k resnets"),
+    # what tools see
+    ("recomputed batches counted", BASE, "or is_recomputed()", "", "test_tools.py -k counts_a"),
+    ("recomputed statistics move", FUN, "and composed.is_recomputed()", "and False",
+     "test_tools.py -k counts_a"),
+    ("a graph without labels' bias", PORT, "y = y + F.embedding(labels, bias)[inner]", "pass",
+     "test_tools.py -k make_fx"),
+    ("a graph of our own ops", FUN, "portable.is_asked(*tensors)\n        and", "False and",
+     "test_tools.py -k make_fx"),
+    ("a graph's variance biased", PORT, "/ count", "* 0", "test_export.py -k biased"),
+    ("old files refused", BASE, '.get("version") or 0) < 2', '.get("version") or 0) < 0',
+     "test_tools.py -k old_files"),
+    ("made anew without a word", BASE, "in REBUILDERS", "in ()", "test_tools.py -k refused"),
 ))
 # fmt: on
 

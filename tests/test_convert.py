@@ -1,6 +1,8 @@
 """convert: torchvision's resnet18 and a U-Net with instance norms, before and after."""
 
 import copy
+import pickle
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch.nn.utils import parametrizations, prune
 
 import gannorm
 from gannorm import convert
+
+convert_module = import_module("gannorm.norms.convert")
 
 
 class UNet(nn.Module):
@@ -30,20 +34,22 @@ class UNet(nn.Module):
         return self.up(torch.cat([h, low], 1))
 
 
-def check(model: nn.Module, x: torch.Tensor, fuse: bool) -> nn.Module:
+def check(model: nn.Module, *inputs: torch.Tensor) -> nn.Module:
+    """Output, gradients and state_dict before and after, in training and in evaluation."""
     before = copy.deepcopy(model)
     parameters = dict(model.named_parameters())
-    ours = convert(model, fuse=fuse)
+    ours = convert(model)
     assert ours is model and dict(ours.named_parameters()).keys() == parameters.keys()
     assert all(p is parameters[name] for name, p in ours.named_parameters())
     for training in (True, False):
         ours.train(training), before.train(training)
-        a, b = ours(x), before(x)
+        a, b = ours(*inputs), before(*inputs)
         close(a, b, 1e-9)
         a.square().mean().backward()
         b.square().mean().backward()
         for p, q in zip(ours.parameters(), before.parameters(), strict=True):
             close(p.grad, q.grad, 1e-8)
+    assert ours.state_dict().keys() == before.state_dict().keys()
     for name, value in before.state_dict().items():
         close(ours.state_dict()[name].double(), value.double(), 1e-9)
     before.load_state_dict(ours.state_dict())
@@ -51,28 +57,53 @@ def check(model: nn.Module, x: torch.Tensor, fuse: bool) -> nn.Module:
     return ours
 
 
+@pytest.fixture
+def fused(monkeypatch):
+    """The activations that ran inside of a norm."""
+    seen, joint = [], convert_module._joint
+
+    def look(norm: nn.Module, behind: nn.Module):
+        epilogue = joint(norm, behind)
+        if epilogue is not None:
+            seen.append(epilogue)
+        return epilogue
+
+    monkeypatch.setattr(convert_module, "_joint", look)
+    return seen
+
+
 def kinds(model: nn.Module) -> list[str]:
     return [type(m).__name__ for m in model.modules()]
 
 
-def test_resnet18():
+@pytest.mark.parametrize("name,norms,joined", [("resnet18", 20, 16), ("resnet50", 53, 48)])
+def test_resnets(name, norms, joined, fused):
+    """Their blocks run norm, addition and ReLU in one; hooks, pickles and slices go on working."""
     models = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
-    model = models.resnet18(num_classes=5).double()
-    norms = kinds(model).count("BatchNorm2d")
-    ours = check(model, torch.randn(2, 3, 64, 64).double(), fuse=True)
-    assert sum(type(m) is gannorm.BatchNorm2d for m in ours.modules()) == norms == 20
+    model = getattr(models, name)(num_classes=5).double()
+    x = torch.randn(2, 3, 40, 40).double()
+    ours = check(model, x)
+    assert sum(type(m) is gannorm.BatchNorm2d for m in ours.modules()) == norms
+    assert len(fused) == 2 * joined
+    expected = ours.eval()(x)
+    close(pickle.loads(pickle.dumps(ours))(x), expected, 0)
+    seen = []
+    ours.layer1[0].bn1.register_forward_hook(lambda m, x, y: seen.append(y.min()))
+    close(ours(x), expected, 1e-12)
+    assert seen[0] < 0  # the norm's own output, before the ReLU
 
 
-def test_unet_fused_and_not():
+def test_unet(fused):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 16, 16).double()
-    fused = check(UNet().double(), x, fuse=True)
-    assert kinds(fused).count("ReLU") == 0 and kinds(fused).count("LeakyReLU") == 0
-    assert kinds(fused).count("Identity") == 6
-    assert fused.down[1].epilogue.negative_slope == 0.1
-    plain = check(UNet().double(), x, fuse=False)
-    assert kinds(plain).count("ReLU") == 3 and kinds(plain).count("Identity") == 0
+    modules = kinds(UNet())
+    ours = check(UNet().double(), x)
+    assert kinds(ours) == modules
+    assert [(e.activation, e.negative_slope) for e in fused[:2]] == [
+        ("leaky_relu", 0.1), ("relu", 0.2),
+    ]  # fmt: skip
+    assert len(fused) == 2 * 6 and ours.down[1].epilogue.activation is None
 
 
 def test_a_norm_itself_keeps_its_settings():
@@ -89,37 +120,35 @@ def test_a_norm_itself_keeps_its_settings():
 def test_converting_twice_and_what_is_left_alone():
     model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.ReLU(), nn.SyncBatchNorm(4), nn.ReLU())
     once = kinds(convert(model))
-    assert once == ["Sequential", "BatchNorm2d", "Identity", "ReLU", "SyncBatchNorm", "ReLU"]
-    assert kinds(convert(model)) == once
+    assert once == ["Sequential", "BatchNorm2d", "ReLU", "ReLU", "SyncBatchNorm", "ReLU"]
+    kind = type(model)
+    assert (
+        kinds(convert(model)) == once and type(model) is kind and isinstance(model, nn.Sequential)
+    )
 
 
-def test_a_shared_activation_stays_where_it_is_used_alone():
-    relu = nn.ReLU()
-    model = nn.Sequential(nn.GroupNorm(2, 4), relu, nn.Conv2d(4, 4, 1), relu).double()
-    x = torch.randn(2, 4, 3, 3).double()
-    expected = model(x)
-    assert kinds(convert(model)) == ["Sequential", "GroupNorm", "Identity", "Conv2d", "ReLU"]
-    close(model(x), expected, 1e-10)
-
-
-def test_modules_in_several_places():
-    """A ReLU before a norm stays; a norm used twice stays one norm and takes no ReLU in."""
+def test_modules_in_several_places(fused):
+    """A norm or an activation that stands in two places does in each what it did."""
     x = torch.randn(2, 4, 3, 3).double()
     relu, norm = nn.ReLU(), nn.GroupNorm(2, 4)
-    model = nn.Sequential(relu, norm, relu, norm).double()
-    expected = model(x)
-    assert kinds(convert(model)) == ["Sequential", "ReLU", "GroupNorm"]
-    assert model[1] is model[3] and type(model[1]) is gannorm.GroupNorm
-    close(model(x), expected, 1e-10)
-    relu = nn.ReLU()
-    model = nn.Sequential(relu, nn.GroupNorm(2, 4), relu).double()
+    model = nn.Sequential(relu, norm, relu, norm, nn.Conv2d(4, 4, 1), relu).double()
     expected = model(x)
     close(convert(model)(x), expected, 1e-10)
-    assert [type(m).__name__ for m in model] == ["ReLU", "GroupNorm", "Identity"]
-    ours = gannorm.GroupNorm(2, 4).double()
-    model = nn.Sequential(ours, nn.ReLU(), ours)
-    expected = model(x)
-    close(convert(model)(x), expected, 1e-10)
+    assert model[1] is model[3] and type(model[1]) is gannorm.GroupNorm and len(fused) == 1
+
+
+def test_what_stands_between(fused):
+    """A dropout that drops nothing, as monai's blocks have, and an Identity do not part the two."""
+    model = net(nn.Dropout(0.5), nn.Identity(), nn.LeakyReLU(0.3))
+    expected = model.eval()(X)
+    close(convert(model)(X), expected, 1e-5)
+    assert len(fused) == 1
+    torch.manual_seed(1)
+    dropped = model.train()(X)
+    assert len(fused) == 1 and (dropped == 0).sum() > 20
+    model[2].p = 0.0
+    model(X)
+    assert len(fused) == 2
 
 
 def net(*behind: nn.Module) -> nn.Sequential:
@@ -165,6 +194,7 @@ def test_a_fused_norm_keeps_mode_and_flags():
     again = copy.deepcopy(model)
     again.train()(X.double()), model.train()(X.double())
     assert model[1].num_batches_tracked == again[1].num_batches_tracked == 1
+    assert type(again) is type(model) and repr(again) == repr(model)
 
 
 HOOKS = {
@@ -177,20 +207,35 @@ HOOKS = {
 }
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("where", [1, 2], ids=["on the norm", "on the activation"])
 @pytest.mark.parametrize("hook", HOOKS)
-def test_hooks_see_what_they_saw(hook, where):
-    """They stay, and what stands between a norm and its activation stays where it is."""
+def test_hooks_see_what_they_saw(hook, where, when, fused):
+    """Whether they came before the conversion or after it."""
     model, seen = net(nn.LeakyReLU(0.1)), []
     handle = HOOKS[hook](model[where], seen)
     model(X).square().sum().backward()
+    if when == "after":
+        handle.remove()
     convert(model)
+    if when == "after":
+        handle = HOOKS[hook](model[where], seen)
     model(X).square().sum().backward()
-    assert kinds(model) == ["Sequential", "Conv2d", "BatchNorm2d", "LeakyReLU"]
-    assert type(model[1]) is gannorm.BatchNorm2d and len(seen) == 2
+    assert type(model[1]) is gannorm.BatchNorm2d and len(seen) == 2 and not fused
     close(seen[1], seen[0], 1e-4)
     handle.remove()
-    assert kinds(convert(model))[-1] == "Identity"
+    model(X)
+    assert len(fused) == 1 and len(seen) == 2
+
+
+def test_a_hook_on_every_module(fused):
+    model, seen = convert(net(nn.ReLU())), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, x, y: seen.append(type(m)))
+    try:
+        model(X)
+    finally:
+        handle.remove()
+    assert seen[:3] == [nn.Conv2d, gannorm.BatchNorm2d, nn.ReLU] and not fused
 
 
 def test_a_hook_that_knows_its_module():
@@ -222,26 +267,62 @@ def test_weights_made_by_hooks_and_parametrizations():
     assert not isinstance(model[0], gannorm.GroupNorm)
 
 
-def test_a_replaced_forward_stays():
+def test_a_replaced_forward_stays(caplog, fused):
     model = net(nn.ReLU())
     model[1].forward = lambda x: -x
     expected = model(X)
     assert type(convert(model)[1]) is nn.BatchNorm2d
+    assert "leaves 1 as it is (its forward was replaced)" in caplog.text
     close(model(X), expected, 0)
+    model = convert(net(nn.ReLU()))
+    model[2].forward = lambda x: x + 1
+    assert model(X).min() < 0 and not fused
 
 
-OTHERS = (
-    nn.BatchNorm1d(3), nn.BatchNorm3d(3), nn.InstanceNorm1d(3), nn.InstanceNorm3d(3),
-    nn.SyncBatchNorm(3), nn.LayerNorm(3), nn.LazyBatchNorm2d(), nn.LocalResponseNorm(2),
-    type("Mine", (nn.BatchNorm2d,), {})(3),
-)  # fmt: skip
+Mine = type("Mine", (nn.BatchNorm2d,), {"__module__": "theirs"})
+OTHERS = {
+    nn.SyncBatchNorm(3): "SyncBatchNorm: its statistics are those of several processes",
+    nn.LayerNorm(3): "LayerNorm: there is none of ours",
+    nn.RMSNorm(3): "RMSNorm: there is none of ours",
+    nn.LocalResponseNorm(2): "LocalResponseNorm: there is none of ours",
+    nn.LazyBatchNorm2d(): "LazyBatchNorm2d: convert it once it has seen an input",
+    Mine(3): "theirs.Mine: a class of its own",
+}
 
 
 @pytest.mark.parametrize("norm", OTHERS, ids=lambda norm: type(norm).__name__)
-def test_other_norms_are_left_alone(norm):
-    model = nn.Sequential(norm, relu := nn.ReLU())
+def test_other_norms_are_left_alone_and_named(norm, caplog):
+    model = nn.Sequential(norm, relu := nn.ReLU(), nn.Sequential(norm))
     kind = type(norm)
-    assert [*convert(model)] == [norm, relu] and type(norm) is kind
+    assert [*convert(model)][:2] == [norm, relu] and type(norm) is kind
+    assert f"convert leaves 0 as it is ({OTHERS[norm]})" in caplog.text
+    convert(norm)
+    assert f"convert leaves {kind.__name__} as it is" in caplog.text
+
+
+SHAPES = {"1d": (3, 4, 6), "2d": (3, 4, 5, 6), "3d": (3, 4, 2, 5, 6)}
+AFFINE = {"affine": True, "track_running_stats": True}
+
+
+@pytest.mark.parametrize("dims", SHAPES)
+@pytest.mark.parametrize("norm", ["BatchNorm", "InstanceNorm"])
+def test_every_number_of_dimensions(norm, dims, fused):
+    torch.manual_seed(0)
+    x = torch.randn(SHAPES[dims]).double()
+    layer = getattr(nn, norm + dims)(4, eps=1e-3, momentum=0.3, **AFFINE)
+    nn.init.normal_(layer.weight)
+    model = check(nn.Sequential(layer, nn.SiLU()).double(), x)
+    assert type(model[0]) is getattr(gannorm, norm + dims) and len(fused) == 2
+    ours = getattr(gannorm, norm + dims)(4, eps=1e-3, momentum=0.3, **AFFINE)
+    assert repr(ours) == repr(model[0]) and ours.state_dict().keys() == layer.state_dict().keys()
+    theirs = nn.Sequential(copy.deepcopy(layer).double(), nn.SiLU()).eval()
+    theirs.load_state_dict(model.state_dict())
+    single = x[0] if norm == "InstanceNorm" else x.flatten(2)[..., 0]  # (C, ...), or (N, C)
+    if norm == "InstanceNorm" or dims == "1d":
+        close(model.eval()(single), theirs(single), 1e-9)
+    else:
+        with pytest.raises(ValueError, match="takes"):
+            model[0](x[0])
 
 
 def test_a_lazy_norm_is_converted_once_it_has_its_size():
@@ -264,79 +345,73 @@ ACTIVATIONS = [
 
 
 @pytest.mark.parametrize("activation,folded", ACTIVATIONS, ids=lambda a: str(a))
-def test_which_activations_are_folded(activation, folded):
+def test_which_activations_are_folded(activation, folded, fused):
     model = net(activation, nn.Conv2d(4, 2, 1))
     before = copy.deepcopy(model)
     convert(model)
-    assert type(model[2]) is (nn.Identity if folded else type(activation))
     close(model(X), before(X), 1e-5)
+    assert len(fused) == folded
     for m in (model, before):
         m(X).square().sum().backward()
     for p, q in zip(model.parameters(), before.parameters(), strict=True):
         close(p.grad, q.grad, 1e-4)
 
 
-def test_one_activation_behind_several_norms_and_outside():
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.act = nn.LeakyReLU(0.3)
-            self.body = nn.Sequential(nn.GroupNorm(1, 3), self.act, nn.GroupNorm(3, 3), self.act)
-            self.norm = nn.InstanceNorm2d(3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            h = self.norm(self.body(x))
-            return self.act(h) + h  # the norm's output is used before its activation
-
-    torch.manual_seed(0)
-    model = Net()
-    expected = model(X)
-    convert(model)
-    assert kinds(model.body) == ["Sequential", "GroupNorm", "Identity", "GroupNorm", "Identity"]
-    assert type(model.act) is nn.LeakyReLU
-    close(model(X), expected, 1e-5)
-
-
-def test_a_slice_shares_norms_with_what_it_was_cut_from():
+def test_slices_indices_and_loops_read_what_they_read():
     model = net(nn.LeakyReLU(0.5), nn.Conv2d(4, 4, 1))
-    part, whole = model[:3](X), model(X)
-    head = convert(model[:3])
-    assert kinds(head) == ["Sequential", "Conv2d", "BatchNorm2d", "Identity"]
-    close(head(X), part, 1e-5)
-    close(model(X), whole, 1e-5)  # still with its own activation, applied once
-    assert head[1].weight is model[1].weight
 
-
-def test_a_norm_held_twice_is_not_fused():
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = net(nn.LeakyReLU(0.5))
-            self.head = self.body[:2]
-            self.kept = [net(nn.LeakyReLU(0.5))]  # not registered: not seen
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.body(x) + self.head(x) + self.kept[0](x)
-
-    model = Net()
-    expected = model(X)
-    assert kinds(convert(model)).count("LeakyReLU") == 1
-    assert model.body[1] is model.head[1] and type(model.kept[0][1]) is nn.BatchNorm2d
-    close(model(X), expected, 1e-5)
-
-
-def test_fuse_false_where_a_loop_reads_the_layers():
-    model = net(nn.ReLU())
-
-    def features(model: nn.Sequential) -> list[torch.Tensor]:
-        h, found = X, []
+    def parts(model: nn.Sequential) -> list[torch.Tensor]:
+        h, found = X, [model[:2](X), model[:3](X), model(X)]
         for layer in model:
             found.append(h := layer(h))
         return found
 
-    expected = features(model)
-    for a, e in zip(features(convert(model, fuse=False)), expected, strict=True):
+    expected = parts(model)
+    for a, e in zip(parts(convert(model)), expected, strict=True):
         close(a, e, 1e-5)
+
+
+def test_a_converted_model_compiles_in_one_graph():
+    plain = net(nn.Dropout(0.0), nn.LeakyReLU(0.5), nn.Conv2d(4, 4, 1))
+    model = convert(copy.deepcopy(plain))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for m in (compiled, plain):
+        m(X).square().sum().backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        close(p.grad, q.grad, 1e-4)
+    close(model[1].running_var, plain[1].running_var, 1e-5)
+    assert model[1].num_batches_tracked == 1
+
+
+def test_a_sequential_of_ones_own(fused):
+    """A subclass without a forward of its own fuses; one with it, and a replaced one, do not."""
+
+    class Block(nn.Sequential):
+        def __init__(self, channels: int) -> None:
+            super().__init__(nn.Conv2d(3, channels, 1), nn.BatchNorm2d(channels), nn.ReLU())
+
+    class Backwards(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(-x)
+
+    plain, backwards, replaced = Block(4), Backwards(4), Block(4)
+    replaced.forward = lambda x: x
+    for model, joined in ((plain, 1), (backwards, 0), (replaced, 0)):
+        expected = model(X)
+        assert isinstance(convert(model), Block)
+        close(model(X), expected, 1e-5)
+        assert len(fused) == joined
+        fused.clear()
+    assert repr(plain).startswith("Block(")
+
+
+def test_another_module_in_a_norms_place():
+    """What torch does to a norm after its conversion leaves the activation where it is."""
+    model = convert(net(nn.ReLU())).eval()
+    expected = model(X)
+    model[0], model[1] = nn.utils.fusion.fuse_conv_bn_eval(model[0], model[1]), nn.Identity()
+    close(model(X), expected, 1e-5)
+    assert model(X).min() == 0
 
 
 def test_an_optimizer_made_before_goes_on():

@@ -150,12 +150,10 @@ def test_running_statistics_take_the_batchs_whole():
     torch.testing.assert_close(var, x.var((0, 2, 3)))
 
 
-def test_labels_that_change_behind_the_check():
-    class Labels(torch.Tensor):
-        """Not looked into by the check of the arguments."""
-
+def test_labels_that_change_behind_the_check(monkeypatch):
+    monkeypatch.setattr(G, "check_label_values", lambda *_: None)
     table = torch.rand(4, 3)
-    labels = torch.tensor([0, 10**9]).as_subclass(Labels)
+    labels = torch.tensor([0, 10**9])
     with pytest.raises(IndexError, match=r"a label lies outside of the table's rows 0\.\.3"):
         G.conditional_instance_norm(torch.randn(2, 3, 8, 8), labels, table, table)
 

@@ -206,7 +206,8 @@ def work(args: argparse.Namespace) -> None:
                 stack.enter_context(use_backend("triton"))
             for each in (
                 rehearsal.rounding_to_nearest(), rehearsal.patching_once(),
-                rehearsal.standing_in(), *stages.rehearsed_clocks(),
+                rehearsal.without_overflow_checks(), rehearsal.standing_in(),
+                *stages.rehearsed_clocks(),
             ):  # fmt: skip
                 stack.enter_context(each)
         engine.serve(lambda name: stage.run(name, context))

@@ -5,6 +5,7 @@ the benchmarks use. What they compute on the CPU is real; their times mean nothi
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,6 +57,21 @@ def patching_once() -> Iterator[None]:
         yield
     finally:
         interpreter._patch_lang = patch
+
+
+@contextmanager
+def without_overflow_checks() -> Iterator[None]:
+    """As compiled: without `debug` no kernel looks for overflows of its integers; the interpreter
+    works every check out, and drops it."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    options = builder.options
+    builder.options = replace(options, sanitize_overflow=False)
+    try:
+        yield
+    finally:
+        builder.options = options
 
 
 class Event:

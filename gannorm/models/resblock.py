@@ -106,7 +106,7 @@ class ResBlockGenerator(nn.Module):
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         if self.embedding is not None:
             z = torch.cat([z, self.embedding(labels)], 1)
-        h = self.linear(z).view(len(z), -1, 4, 4)
+        h = self.linear(z).unflatten(1, (-1, 4, 4))
         for block in self.blocks:
             h = block(h, labels)
         if self.norm is not None:

@@ -3,20 +3,28 @@
 from gannorm.norms.backend import use_backend
 from gannorm.norms.convert import convert
 from gannorm.norms.layers import (
+    BatchNorm1d,
     BatchNorm2d,
+    BatchNorm3d,
     ConditionalBatchNorm2d,
     ConditionalInstanceNorm2d,
     GroupNorm,
+    InstanceNorm1d,
     InstanceNorm2d,
+    InstanceNorm3d,
     LayerNorm2d,
 )
 
 __all__ = [
+    "BatchNorm1d",
     "BatchNorm2d",
+    "BatchNorm3d",
     "ConditionalBatchNorm2d",
     "ConditionalInstanceNorm2d",
     "GroupNorm",
+    "InstanceNorm1d",
     "InstanceNorm2d",
+    "InstanceNorm3d",
     "LayerNorm2d",
     "convert",
     "use_backend",

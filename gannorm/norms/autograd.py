@@ -36,6 +36,8 @@ class Call(NamedTuple):
     folded: bool = False  # the residual decides the activation's slope
     check_labels: bool = False  # before their rows are looked up
     return_stats: bool = False  # the statistics too: compiled code moves the running ones outside
+    portable: bool = False  # by torch's own operators
+    biased: bool = False  # the running variance
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, labels: Tensor | None,

@@ -1,10 +1,12 @@
 """What the norm layers share: the epilogue, the values they start with, running statistics."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from gannorm.norms.checks import (
     ACTIVATIONS,
@@ -13,8 +15,12 @@ from gannorm.norms.checks import (
     check_choice,
     check_weight_init,
 )
-from gannorm.norms.composed import NormSpec, finish
+from gannorm.norms.composed import NormSpec, finish, is_recomputed
 
+REBUILDERS = {
+    nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__,  # type: ignore[attr-defined]
+    fuse_conv_bn_eval.__code__,
+}
 SETTINGS = ("weight_init", "var_estimator", "degenerate")  # in the repr where not the default
 
 
@@ -51,6 +57,7 @@ class NormLayer(nn.Module):
     """
 
     epilogue = Epilogue()
+    eps: float
     weight_init: tuple[float, float] | None = None  # None: 1, without drawing random numbers
     weight: Any  # nn.Parameter | None
     bias: Any
@@ -85,10 +92,21 @@ class NormLayer(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def fuse(self, activation: str, negative_slope: float) -> None:
-        """Apply `activation` behind the norm from now on."""
-        after = self.epilogue.residual_after_activation
-        self.epilogue = Epilogue(activation, negative_slope, after)
+    def _symbol(self, input: Any, *others: Any) -> Any:
+        """This call in a graph of torch.fx, where a norm stands as a whole, as torch's do.
+
+        A tracer knows only what lies under `torch.nn` for such a leaf, and walks into this layer.
+        """
+        while others and others[-1] is None:
+            others = others[:-1]
+        path = input.tracer.path_of_module(self)
+        return input.tracer.create_proxy("call_module", path, (input, *others), {})
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {self}: it knows neither ctypes nor Triton. Use "
+            "torch.jit.trace, torch.export or torch.compile, which all take it, or torch's own norm"
+        )
 
     def _settings(self) -> str:
         """The epilogue and what else of ours is not the default, for `extra_repr`."""
@@ -103,16 +121,62 @@ class NormLayer(nn.Module):
         return text + self._settings()
 
 
+class UntrackedLayer(NormLayer):
+    """A norm of a sample, which has no running statistics unless told."""
+
+    track_running_stats = False
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *others: Any
+    ) -> None:
+        """As torch's; what torch below 0.4 wrote into every file, and never read, is dropped."""
+        if not self.track_running_stats and (local_metadata.get("version") or 0) < 2:
+            for name in ("running_mean", "running_var", "num_batches_tracked"):
+                state_dict.pop(prefix + name, None)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+
 class BatchLayer(NormLayer):
     """Running statistics of a batch norm."""
 
     var_estimator = "unbiased"
     degenerate = "raise"
+    _eps: float  # for ourselves: torch 2.11's compiler cannot look past the property
     momentum: float | None
     track_running_stats: bool
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
+
+    @property
+    def eps(self) -> float:
+        """Refused to the two functions of torch's that make a batch norm anew from its parts, where
+        that would lose something: neither leaves another place to say so.
+
+        Raises:
+            RuntimeError: torch's batch norm of the same parts would not do the same.
+        """
+        if sys._getframe(1).f_code in REBUILDERS:
+            self._refuse_if_it_loses()
+        return self._eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.__dict__["eps"] = self._eps = value  # the first for torch's extra_repr
+
+    def _refuse_if_it_loses(self) -> None:
+        lost = [
+            (self.weight is not None and self.weight.dim() == 2, "the table of its classes"),
+            (self.epilogue.activation is not None, f"the activation {self.epilogue.activation!r}"),
+            (self.training and self.var_estimator != "unbiased", "the biased running variance"),
+        ]
+        for has, what in lost:
+            if has:
+                raise RuntimeError(
+                    f"{self}: torch would make it anew as a batch norm of its own, and lose "
+                    f"{what}. Keep this norm, or take one without it (an activation can stand "
+                    "behind the norm as a module of its own)"
+                )
 
     def _extend_batch(self, var_estimator: str, degenerate: str) -> None:
         check_choice("var_estimator", var_estimator, VAR_ESTIMATORS)
@@ -131,7 +195,8 @@ class BatchLayer(NormLayer):
         mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
         if not self.training:
             return run(mean, var, mean is None and var is None, 0.0)
-        if not self.track_running_stats:  # can be switched off later, as torch's can
+        # Can be switched off later, as torch's can; and activation checkpointing runs this again.
+        if not self.track_running_stats or is_recomputed():
             return run(None, None, True, 0.0)
         if self.momentum is not None or mean is None or var is None or count is None:
             y = run(mean, var, True, self.momentum or 0.0)
@@ -155,7 +220,7 @@ class NoNorm(nn.Module):
         super().__init__()
         self.epilogue = Epilogue(activation, negative_slope, residual_after_activation)
 
-    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         e = self.epilogue
         spec = NormSpec(0, 0.0, e.activation, e.negative_slope, e.residual_after_activation)
         return finish(input, residual, spec, False)

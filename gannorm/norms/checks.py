@@ -1,17 +1,32 @@
 """What ops and layers refuse: each check names the argument, its value and the way out."""
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from gannorm.norms.composed import has_values
+from gannorm.norms.composed import has_values, is_exporting
 
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
 DEGENERATE = ("raise", "beta")
 VAR_ESTIMATORS = ("unbiased", "biased")
+
+
+def quiet_tracing() -> AbstractContextManager[None]:
+    """torch.jit.trace warns of every size that is looked at; ours decide nothing in the graph."""
+    return _ignoring_tracer_warnings() if torch.jit.is_tracing() else nullcontext()
+
+
+@contextmanager
+def _ignoring_tracer_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        yield
 
 
 def check_floating(t: Tensor, name: str, op: str) -> None:
@@ -19,6 +34,8 @@ def check_floating(t: Tensor, name: str, op: str) -> None:
         kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
         way_out = "convert it with .float()" if isinstance(t, Tensor) else "pass a torch.Tensor"
         raise TypeError(f"{op}: {name} must be a floating-point tensor, got {kind}; {way_out}")
+    if t.layout != torch.strided:
+        raise ValueError(f"{op}: {name} has the layout {t.layout}; call .to_dense() on it first")
 
 
 def check_input(x: Tensor, op: str, minimum_dim: int = 2) -> None:
@@ -29,17 +46,20 @@ def check_input(x: Tensor, op: str, minimum_dim: int = 2) -> None:
         raise ValueError(f"{op}: input must have at least {wanted}, got shape {tuple(x.shape)}")
 
 
-def check_layer_input(x: Tensor, layer: nn.Module, channels: int, layouts: Sequence[str]) -> None:
+def check_layer_input(x: Any, layer: nn.Module, channels: int, layouts: Sequence[str]) -> bool:
     """Refuse what a layer with `channels` channels cannot take, in the name of the layer.
 
-    layouts: dimensions the layer takes, such as "NCHW"; "NC..." is any number from two on.
+    layouts: dimensions the layer takes, such as "NCHW"; "NC.." is any number from two on.
+    Returns whether `x` is a symbol of torch.fx, which has nothing to check.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
+        if isinstance(x, Proxy):
+            return True
         check_floating(x, "input", str(layer))  # the layer's text only where it is needed
-    if x.dim() == 4 and x.shape[1] == channels:  # all take NCHW
-        return
+    if x.dim() == len(layouts[0]) and x.shape[1] == channels:
+        return False
     sizes = [len(layout) for layout in layouts]
-    open_ended = layouts[0] == "NC..."
+    open_ended = layouts[0] == "NC.."
     if x.dim() < 2 if open_ended else x.dim() not in sizes:
         named = ["(N, C, ...)" if open_ended else f"({', '.join(one)})" for one in layouts]
         raise ValueError(f"{layer} takes {' or '.join(named)}, got shape {tuple(x.shape)}")
@@ -49,6 +69,7 @@ def check_layer_input(x: Tensor, layer: nn.Module, channels: int, layouts: Seque
             f"{layer} takes {channels} channels (dimension {place}), got {x.shape[place]} in an "
             f"input of shape {tuple(x.shape)}"
         )
+    return False
 
 
 def check_vector(t: Tensor | None, name: str, channels: int, op: str) -> None:
@@ -111,16 +132,15 @@ def check_tables(
                 f"bias, got {tuple(t.shape)}"
             )
         rows = t.shape[0]
+    if isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == x.shape[:1]:
+        return  # before a text is made: it would fix the batch size of what is compiled
     wanted = f"labels must be an int64 tensor of shape ({x.shape[0]},), one label per sample"
     if not isinstance(labels, Tensor):
         raise TypeError(f"{op}: {wanted}, got {type(labels).__name__}; pass torch.tensor(labels)")
+    got = f"got {labels.dtype} of shape {tuple(labels.shape)}"
     if labels.dtype != torch.int64:
-        raise TypeError(
-            f"{op}: {wanted}, got {labels.dtype} of shape {tuple(labels.shape)}; convert them with "
-            ".long()"
-        )
-    if tuple(labels.shape) != (x.shape[0],):
-        raise ValueError(f"{op}: {wanted}, got {labels.dtype} of shape {tuple(labels.shape)}")
+        raise TypeError(f"{op}: {wanted}, {got}; convert them with .long()")
+    raise ValueError(f"{op}: {wanted}, {got}")
 
 
 def check_call(
@@ -134,6 +154,7 @@ def check_call(
     var: Tensor | None,
     own: bool,
     groups: int | None,
+    eps: float,
     activation: object,
     degenerate: object,
     var_estimator: object,
@@ -160,6 +181,8 @@ def check_call(
     check_choice(f"{op}: activation", activation, ACTIVATIONS)
     check_choice(f"{op}: degenerate", degenerate, DEGENERATE)
     check_choice(f"{op}: var_estimator", var_estimator, VAR_ESTIMATORS)
+    if op.endswith("batch_norm") and eps <= 0:
+        raise ValueError(f"{op}: eps must be positive, got {eps}; torch's default is 1e-5")
     if op == "group_norm":
         check_groups(groups, channels, op)
     if not own:
@@ -186,6 +209,8 @@ def check_label_values(
     rows = next((len(t) for t in (weight, bias) if t is not None), None)
     if rows is None or labels is None or not labels.numel():
         return
+    if is_exporting() or torch.jit.is_tracing():
+        return  # what runs the graph looks rows up by its own rules
     if torch.compiler.is_compiling():
         fits = ((labels >= 0) & (labels < rows)).all()
         torch._assert_async(fits, f"{op}: labels must lie in 0..{rows - 1}")

@@ -40,13 +40,32 @@ Running = tuple[Tensor | None, Tensor | None, float, float]
 
 
 def transformed() -> bool:
-    """Whether torch.func, forward-mode AD or torch.jit.trace is at work: they take the composition
-    of torch ops, none of them in place."""
-    return (
-        torch._C._functorch.maybe_current_level() is not None
-        or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
-    )
+    """Whether torch.func or forward-mode AD is at work: they take the composition of torch ops."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting`, which torch 2.11's compiler takes for True throughout."""
+    return torch.compiler._is_exporting_flag
+
+
+def recorded() -> bool:
+    """Whether a graph is made of what runs (torch.export, torch.jit.trace), or a dispatch mode sees
+    every op (make_fx, fake tensors, FLOP counters)."""
+    if torch.compiler.is_compiling():
+        return is_exporting()
+    return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def may_overwrite() -> bool:
+    """Whether nobody will differentiate, transform or read in a graph what runs now."""
+    return not (torch.is_grad_enabled() or transformed() or recorded())
+
+
+def is_recomputed() -> bool:
+    """Whether this forward pass runs inside a backward one: activation checkpointing's second run,
+    whose batch has been counted."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
 
 
 def has_values(t: Tensor) -> bool:
@@ -54,13 +73,14 @@ def has_values(t: Tensor) -> bool:
     return is_eager(t) and not transformed()
 
 
+def is_plain(t: Tensor | None) -> bool:
+    """Whether `t` is no subclass, such as a fake tensor or a DTensor, that has ops of its own."""
+    return t is None or type(t) in (Tensor, Parameter)
+
+
 def is_eager(t: Tensor) -> bool:
     """Whether ops on `t` are carried out at once, if it is not `transformed`."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(t) in (Tensor, Parameter)
-        and not torch._C._len_torch_dispatch_stack()
-    )
+    return not torch.compiler.is_compiling() and is_plain(t) and not recorded()
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -79,7 +99,7 @@ def shaped(t: Tensor, like: Tensor) -> Tensor:
     """(N, C, S) in the shape of `like`; its layout is that of what it was made from."""
     if like.dim() == 3:
         return t
-    if torch.is_grad_enabled() or transformed():
+    if not may_overwrite():
         return t.reshape(like.shape)
     # No view: a caller may work on the output in place.
     return torch.ops.aten._unsafe_view(t, like.shape)
@@ -117,17 +137,17 @@ def statistics(x: Tensor, spec: NormSpec) -> tuple[Tensor, Tensor]:
     n, c, s = x.shape
     groups = spec.groups
     if x.numel() == 0:
-        return x.new_zeros((4, c) if groups == 0 else (4, n, groups)), x
+        return x.new_zeros((4, c) if groups == 0 else (4, n, groups)), x.clone()
     first = (x[0, :, 0] if groups == 0 else x[:, :: c // groups, 0]).detach()
     centred = x - _per_channel(first, n, c, groups)
     offset = _set_mean(centred.mean(2), groups)
     mean = first + offset
     part = mean - first
     error = ((first - (mean - part)) + (offset - part)).detach()
-    if torch.is_grad_enabled() or transformed():
-        centred = x - _per_channel(mean, n, c, groups)
-    else:
+    if may_overwrite():
         torch.sub(x, _per_channel(mean, n, c, groups), out=centred)
+    else:
+        centred = x - _per_channel(mean, n, c, groups)
     ends = centred.detach()
     power = torch.maximum(ends.amax(2), -ends.amin(2))  # (N, C), without a copy of their size
     power = power.view(n, groups, -1).amax(2) if groups else power.amax(0)
@@ -168,7 +188,7 @@ def _forward(
     """`forward` of (N, C, S)."""
     n, c, _ = x.shape
     dtype = stat_dtype(x.dtype)
-    inplace = not torch.is_grad_enabled() and not transformed()
+    inplace = may_overwrite()
     wide = x.to(dtype)
     if given is None:
         stats, y = statistics(wide, spec)

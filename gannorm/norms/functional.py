@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from gannorm.norms import composed, cpu, ops
+from gannorm.norms import composed, cpu, ops, portable
 from gannorm.norms.autograd import Call, Moments, NormFunction
 from gannorm.norms.backend import module_for, selected, use_backend
 from gannorm.norms.checks import (
@@ -25,8 +25,9 @@ from gannorm.norms.checks import (
     check_floating,
     check_input,
     check_label_values,
+    quiet_tracing,
 )
-from gannorm.norms.composed import NormSpec, transformed
+from gannorm.norms.composed import NormSpec, is_plain, transformed
 
 __all__ = [
     "batch_norm",
@@ -59,21 +60,23 @@ def _normalize(
     *settings: Any,  # the last parameters of `_decide`
 ) -> Tensor:
     """The one way through a call: look up what is known of its kind, or check and decide; run."""
+    if own and (mean is not None or var is not None) and composed.is_recomputed():
+        mean = var = None
     tensors = x, weight, bias, labels, residual, mean, var
-    compiling, by_torch = torch.compiler.is_compiling(), transformed()
+    if has_torch_function_variadic(*tensors):  # symbols of torch.fx, subclasses, modes
+        return handle_torch_function(_normalize, tensors, op, *tensors, own, momentum, *settings)
+    seen = torch.compiler.is_compiling() or transformed() or composed.recorded()
     call = key = None
-    if not (compiling or by_torch or torch._C._len_torch_dispatch_stack()):
+    if not seen:
         try:
             key = (op, own, settings, selected(), *map(_facts, tensors))
             call = _calls.get(key)
-        except (AttributeError, TypeError):  # no tensor, or no setting: the checks will say which
-            key = None
+        except (AttributeError, TypeError, RuntimeError):  # the checks will say what is no tensor,
+            key = None  # has no strides, or is no setting
     if call is None:
-        call = _decide(op, tensors, own, *settings)
-        if key is not None and all(t is None or type(t) in (Tensor, Parameter) for t in tensors):
-            if len(_calls) >= KEPT:
-                _calls.clear()
-            _calls[key] = call
+        with quiet_tracing():
+            call = _decide(op, tensors, own, *settings)
+        _remember(key, tensors, call)
     if weight is None and bias is None:
         labels = None
     if call.check_labels:
@@ -81,8 +84,8 @@ def _normalize(
     if residual is not None and residual.dtype != x.dtype:
         residual = residual.to(x.dtype)
     moments = mean, var, momentum
-    if compiling or by_torch:
-        return _composed(call, x, weight, bias, labels, residual, moments, by_torch)
+    if seen or call.portable:
+        return _seen(op, call, x, weight, bias, labels, residual, moments)
     try:
         if torch.is_grad_enabled():
             return NormFunction.apply(x, weight, bias, residual, labels, moments, call)
@@ -90,6 +93,14 @@ def _normalize(
     except cpu.NoSuchRow:
         check_label_values(labels, weight, bias, op)  # raises, in the user's words
         raise
+
+
+def _remember(key: Any, tensors: Any, call: Call) -> None:
+    if key is None or not all(map(is_plain, tensors)):
+        return
+    if len(_calls) >= KEPT:
+        _calls.clear()
+    _calls[key] = call
 
 
 def _facts(t: Tensor | None) -> Any:
@@ -114,8 +125,8 @@ def _decide(
     """Check the arguments; choose who runs the call."""
     x, weight, bias, labels, residual, mean, var = tensors
     check_call(
-        op, x, weight, bias, labels, residual, mean, var, own, groups, activation, degenerate,
-        var_estimator,
+        op, x, weight, bias, labels, residual, mean, var, own, groups, eps, activation,
+        degenerate, var_estimator,
     )  # fmt: skip
     channels = x.shape[1]
     if groups is None:
@@ -124,7 +135,13 @@ def _decide(
     count = math.prod(x.shape[2:]) if groups else x.numel() // max(channels, 1)
     running = bool(own and x.numel() and (mean is not None or var is not None))
     unbiased = running and var_estimator == "unbiased"
-    backend = composed if transformed() else module_for(x)
+    to_torch = (
+        portable.is_asked(*tensors)
+        and portable.supports(x, weight, bias, mean, var)
+        and (not own or groups > 0 or count > 1)  # one value has no unbiased variance
+        and not transformed()
+    )
+    backend = composed if transformed() or composed.recorded() or to_torch else module_for(x)
     launches = None
     kernels = backend is not cpu and backend is not composed
     if kernels and not torch.compiler.is_compiling():
@@ -134,17 +151,27 @@ def _decide(
         count / max(count - 1, 1) if unbiased else 1.0,
         folded=residual is not None and activation is not None and not residual_after_activation,
         check_labels=labels is not None and backend is not cpu,  # which looks itself
+        portable=to_torch, biased=running and not unbiased,
     )  # fmt: skip
 
 
-def _composed(
-    call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, labels: Tensor | None,
-    residual: Tensor | None, moments: Moments, by_torch: bool,
+def _seen(
+    op: str, call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None,
+    labels: Tensor | None, residual: Tensor | None, moments: Moments,
 ) -> Tensor:  # fmt: skip
-    """A call that is compiled, traced or transformed; the running statistics move outside of it."""
+    """A call whose operators somebody sees: a compiler, a graph, a transform.
+
+    But for torch's own batch norms the running statistics move outside of it.
+    """
     mean, var, momentum = moments
+    if call.portable:
+        instance = op.endswith("instance_norm")
+        return portable.forward(
+            x, weight, bias, labels, residual, *moments, call.given, instance,
+            call.biased, call.spec,
+        )  # fmt: skip
     given: Any = (mean, var) if call.given else None
-    if by_torch:
+    if transformed() or composed.recorded():
         y, stats = composed.forward(x, weight, bias, labels, residual, given, call.spec)
     elif call.backend is composed:
         y, stats = NormFunction.apply(
@@ -313,7 +340,11 @@ def layer_norm(
     Args:
         weight, bias: of shape `normalized_shape`, one value per element, or None.
     """
-    op = "layer_norm"
+    op, tensors = "layer_norm", (input, weight, bias)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(
+            layer_norm, tensors, input, normalized_shape, weight, bias, eps
+        )
     check_input(input, op, 1)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
@@ -327,6 +358,8 @@ def layer_norm(
         check_floating(t, name, op)
         if tuple(t.shape) != shape:
             raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(t.shape)}")
+    if portable.is_asked(*tensors) and portable.supports(*tensors) and not transformed():
+        return torch.layer_norm(input, shape, weight, bias, eps).to(input.dtype)
     # One group of `width` channels with one element each: the affine is then per element.
     width = math.prod(shape)
     rows = input.reshape(math.prod(input.shape[: -len(shape)]), width)
@@ -345,6 +378,8 @@ def moments(
     position. Computed in float32 (float64 for float64), returned in the input's dtype. Over no
     values both are NaN, as torch's.
     """
+    if has_torch_function_variadic(input):
+        return handle_torch_function(moments, (input,), input, dim, keepdim)
     check_input(input, "moments", 1)
     dims = check_dims(dim, input, "moments")
     x = input.to(composed.stat_dtype(input.dtype))
@@ -372,7 +407,9 @@ def batch_normalization(
 
     TensorFlow's `tf.nn.batch_normalization`: statistics in, normalized values out.
     """
-    op = "batch_normalization"
+    op, tensors = "batch_normalization", (x, mean, variance, offset, scale)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(batch_normalization, tensors, *tensors, variance_epsilon)
     check_input(x, op, 0)
     affine = {name: t for name, t in (("offset", offset), ("scale", scale)) if t is not None}
     check_broadcast(x, op, mean=mean, variance=variance, **affine)

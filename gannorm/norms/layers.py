@@ -7,24 +7,17 @@ y = norm(x);  y = norm(x, labels);  y = norm(x, residual=skip)
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import batchnorm, instancenorm
 
 from gannorm.norms import functional as F
-from gannorm.norms.base import BatchLayer, Epilogue, NormLayer
+from gannorm.norms.base import BatchLayer, Epilogue, NormLayer, UntrackedLayer
 from gannorm.norms.checks import check_groups, check_layer_input
 
 Device = torch.device | str | int | None
 
 
-class InstanceNorm2d(NormLayer, nn.InstanceNorm2d):
-    """`torch.nn.InstanceNorm2d` with an epilogue: same arguments, same state_dict.
-
-    Args:
-        activation: None, "relu", "leaky_relu" (slope `negative_slope`) or "silu".
-        residual_after_activation: add `residual` behind the activation, not before it.
-        weight_init: mean and standard deviation of the weight at the start; None: all 1.
-
-    Shapes: input and residual (N, C, H, W) or (C, H, W); output the same.
-    """
+class _InstanceNorm(UntrackedLayer, instancenorm._InstanceNorm):
+    layouts: tuple[str, ...]  # (N, C, ...) and without N
 
     def __init__(
         self,
@@ -46,30 +39,51 @@ class InstanceNorm2d(NormLayer, nn.InstanceNorm2d):
         epilogue = Epilogue(activation, negative_slope, residual_after_activation)
         self._extend(epilogue, weight_init, bias)
 
-    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        check_layer_input(input, self, self.num_features, ("NCHW", "CHW"))
-        unbatched = input.dim() == 3
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, epilogue: Epilogue | None = None
+    ) -> Tensor:
+        if check_layer_input(input, self, self.num_features, self.layouts):
+            return self._symbol(input, residual)
+        unbatched = input.dim() < len(self.layouts[0])
         if unbatched:
             input = input.unsqueeze(0)
             residual = None if residual is None else residual.unsqueeze(0)
         y = F.instance_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias,
             self.training or not self.track_running_stats, self.momentum or 0.0, self.eps,
-            **self.epilogue.kwargs(residual),
+            **(epilogue or self.epilogue).kwargs(residual),
         )  # fmt: skip
         return y.squeeze(0) if unbatched else y
 
 
-class BatchNorm2d(BatchLayer, nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` with an epilogue: same arguments, same state_dict.
+class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
+    """`torch.nn.InstanceNorm2d` with an epilogue: same arguments, same state_dict.
 
     Args:
-        var_estimator: running variance "unbiased" (torch) or "biased" (TensorFlow).
-        degenerate: one value per channel in training: "raise", or "beta" for exactly the bias.
-        activation, negative_slope, residual_after_activation, weight_init: as in `InstanceNorm2d`.
+        activation: None, "relu", "leaky_relu" (slope `negative_slope`) or "silu".
+        residual_after_activation: add `residual` behind the activation, not before it.
+        weight_init: mean and standard deviation of the weight at the start; None: all 1.
 
-    Shapes: input and residual (N, C, H, W); output the same.
+    Shapes: input and residual (N, C, H, W) or (C, H, W); output the same.
     """
+
+    layouts = "NCHW", "CHW"
+
+
+class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
+    """`InstanceNorm2d` of (N, C, L) or (C, L)."""
+
+    layouts = "NCL", "CL"
+
+
+class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
+    """`InstanceNorm2d` of (N, C, D, H, W) or (C, D, H, W)."""
+
+    layouts = "NCDHW", "CDHW"
+
+
+class _BatchNorm(BatchLayer, batchnorm._BatchNorm):
+    layouts: tuple[str, ...]
 
     def __init__(
         self,
@@ -94,17 +108,46 @@ class BatchNorm2d(BatchLayer, nn.BatchNorm2d):
         self._extend(epilogue, weight_init, bias)
         self._extend_batch(var_estimator, degenerate)
 
-    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        check_layer_input(input, self, self.num_features, ("NCHW",))
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, epilogue: Epilogue | None = None
+    ) -> Tensor:
+        if check_layer_input(input, self, self.num_features, self.layouts):
+            return self._symbol(input, residual)
 
         def run(mean: Tensor | None, var: Tensor | None, training: bool, momentum: float) -> Tensor:
             return F.batch_norm(
-                input, mean, var, self.weight, self.bias, training, momentum, self.eps,
+                input, mean, var, self.weight, self.bias, training, momentum, self._eps,
                 degenerate=self.degenerate, var_estimator=self.var_estimator,
-                **self.epilogue.kwargs(residual),
+                **(epilogue or self.epilogue).kwargs(residual),
             )  # fmt: skip
 
         return self._on_running_stats(input, run)
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` with an epilogue: same arguments, same state_dict.
+
+    Args:
+        var_estimator: running variance "unbiased" (torch) or "biased" (TensorFlow).
+        degenerate: one value per channel in training: "raise", or "beta" for exactly the bias.
+        activation, negative_slope, residual_after_activation, weight_init: as in `InstanceNorm2d`.
+
+    Shapes: input and residual (N, C, H, W); output the same.
+    """
+
+    layouts = ("NCHW",)
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    """`BatchNorm2d` of (N, C, L) or (N, C)."""
+
+    layouts = "NCL", "NC"
+
+
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    """`BatchNorm2d` of (N, C, D, H, W)."""
+
+    layouts = ("NCDHW",)
 
 
 class GroupNorm(NormLayer, nn.GroupNorm):
@@ -137,11 +180,14 @@ class GroupNorm(NormLayer, nn.GroupNorm):
         epilogue = Epilogue(activation, negative_slope, residual_after_activation)
         self._extend(epilogue, weight_init, bias)
 
-    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        check_layer_input(input, self, self.num_channels, ("NC...",))
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, epilogue: Epilogue | None = None
+    ) -> Tensor:
+        if check_layer_input(input, self, self.num_channels, ("NC..",)):
+            return self._symbol(input, residual)
         return F.group_norm(
             input, self.num_groups, self.weight, self.bias, self.eps,
-            **self.epilogue.kwargs(residual),
+            **(epilogue or self.epilogue).kwargs(residual),
         )  # fmt: skip
 
 
@@ -179,27 +225,29 @@ class _ConditionalNorm(NormLayer):
     """An affine table (num_classes, C) in the place of an affine."""
 
     weight_init = (1.0, 0.0)
+    num_features: int
 
-    def __init__(
-        self, num_features: int, num_classes: int, eps: float, device: Device,
-        dtype: torch.dtype | None,
+    def _make_tables(
+        self, num_classes: int, device: Device, dtype: torch.dtype | None, epilogue: Epilogue,
+        weight_init: tuple[float, float],
     ) -> None:  # fmt: skip
-        super().__init__()
-        if num_features < 1 or num_classes < 1:
+        channels = self.num_features
+        if channels < 1 or num_classes < 1:
             raise ValueError(
-                f"num_features and num_classes must be positive, got {num_features}, {num_classes}"
+                f"num_features and num_classes must be positive, got {channels}, {num_classes}"
             )
-        self.num_features, self.num_classes, self.eps = num_features, num_classes, eps
-        rows = (num_classes, num_features)
+        self.num_classes = num_classes
+        rows = (num_classes, channels)
         self.weight = nn.Parameter(torch.empty(rows, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype))
+        self._extend(epilogue, weight_init)
 
     def extra_repr(self) -> str:
-        shown = f"{self.num_features}, num_classes={self.num_classes}, eps={self.eps}"
-        return shown + self._settings()
+        shown = f"{self.num_features}, num_classes={self.num_classes}, "
+        return shown + "eps={eps}".format(**self.__dict__) + self._settings()
 
 
-class ConditionalInstanceNorm2d(_ConditionalNorm):
+class ConditionalInstanceNorm2d(_ConditionalNorm, UntrackedLayer):
     """Instance norm with the weight and bias of the sample's class (Dumoulin et al., 2017).
 
     Args:
@@ -222,18 +270,20 @@ class ConditionalInstanceNorm2d(_ConditionalNorm):
         residual_after_activation: bool = False,
         weight_init: tuple[float, float] = (1.0, 0.0),
     ) -> None:
-        super().__init__(num_features, num_classes, eps, device, dtype)
+        super().__init__()
+        self.num_features, self.eps = num_features, eps
         epilogue = Epilogue(activation, negative_slope, residual_after_activation)
-        self._extend(epilogue, weight_init)
+        self._make_tables(num_classes, device, dtype, epilogue, weight_init)
 
-    def forward(self, input: Tensor, labels: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        check_layer_input(input, self, self.num_features, ("NCHW",))
+    def forward(self, input: Tensor, labels: Tensor, residual: Tensor | None = None) -> Tensor:
+        if check_layer_input(input, self, self.num_features, ("NCHW",)):
+            return self._symbol(input, labels, residual)
         return F.conditional_instance_norm(
             input, labels, self.weight, self.bias, self.eps, **self.epilogue.kwargs(residual)
         )
 
 
-class ConditionalBatchNorm2d(_ConditionalNorm, BatchLayer):
+class ConditionalBatchNorm2d(_ConditionalNorm, BatchLayer, batchnorm._BatchNorm):
     """Batch norm with the weight and bias of the sample's class (de Vries et al., 2017).
 
     Args:
@@ -261,29 +311,28 @@ class ConditionalBatchNorm2d(_ConditionalNorm, BatchLayer):
         var_estimator: str = "unbiased",
         degenerate: str = "raise",
     ) -> None:
-        super().__init__(num_features, num_classes, eps, device, dtype)
-        self.momentum, self.track_running_stats = momentum, track_running_stats
-        for name in ("running_mean", "running_var"):
-            buffer = torch.empty(num_features, device=device, dtype=dtype)
-            self.register_buffer(name, buffer if track_running_stats else None)
-        count = torch.empty((), dtype=torch.long, device=device)
-        self.register_buffer("num_batches_tracked", count if track_running_stats else None)
+        super().__init__(num_features, eps, momentum, False, track_running_stats, device, dtype)
+        self.affine = True
         epilogue = Epilogue(activation, negative_slope, residual_after_activation)
-        self._extend(epilogue, weight_init)
+        self._make_tables(num_classes, device, dtype, epilogue, weight_init)
         self._extend_batch(var_estimator, degenerate)
 
-    def forward(self, input: Tensor, labels: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        check_layer_input(input, self, self.num_features, ("NCHW",))
+    def forward(  # type: ignore[override]  # which has no labels
+        self, input: Tensor, labels: Tensor, residual: Tensor | None = None
+    ) -> Tensor:
+        if check_layer_input(input, self, self.num_features, ("NCHW",)):
+            return self._symbol(input, labels, residual)
 
         def run(mean: Tensor | None, var: Tensor | None, training: bool, momentum: float) -> Tensor:
             return F.conditional_batch_norm(
-                input, labels, mean, var, self.weight, self.bias, training, momentum, self.eps,
-                degenerate=self.degenerate, var_estimator=self.var_estimator,
+                input, labels, mean, var, self.weight, self.bias, training, momentum,
+                self._eps, degenerate=self.degenerate, var_estimator=self.var_estimator,
                 **self.epilogue.kwargs(residual),
             )  # fmt: skip
 
         return self._on_running_stats(input, run)
 
     def extra_repr(self) -> str:
+        eps = "eps={eps}".format(**self.__dict__)
         shown = f", momentum={self.momentum}, track_running_stats={self.track_running_stats}"
-        return super().extra_repr().replace(f"eps={self.eps}", f"eps={self.eps}{shown}", 1)
+        return super().extra_repr().replace(eps, eps + shown, 1)
