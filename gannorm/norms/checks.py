@@ -206,11 +206,11 @@ def check_label_values(
     labels: Tensor | None, weight: Tensor | None, bias: Tensor | None, op: str
 ) -> None:
     """Refuse labels that are no row of the tables (num_classes, C)."""
+    if is_exporting() or torch.jit.is_tracing():
+        return  # what runs the graph looks rows up by its own rules
     rows = next((len(t) for t in (weight, bias) if t is not None), None)
     if rows is None or labels is None or not labels.numel():
         return
-    if is_exporting() or torch.jit.is_tracing():
-        return  # what runs the graph looks rows up by its own rules
     if torch.compiler.is_compiling():
         fits = ((labels >= 0) & (labels < rows)).all()
         torch._assert_async(fits, f"{op}: labels must lie in 0..{rows - 1}")

@@ -359,7 +359,8 @@ def layer_norm(
         if tuple(t.shape) != shape:
             raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(t.shape)}")
     if portable.is_asked(*tensors) and portable.supports(*tensors) and not transformed():
-        return torch.layer_norm(input, shape, weight, bias, eps).to(input.dtype)
+        y = torch.layer_norm(input, shape, weight, bias, eps)
+        return y if y.dtype == input.dtype else y.to(input.dtype)  # autocast makes it float32
     # One group of `width` channels with one element each: the affine is then per element.
     width = math.prod(shape)
     rows = input.reshape(math.prod(input.shape[: -len(shape)]), width)

@@ -55,4 +55,4 @@ def forward(
         if bias is not None:
             y = y + F.embedding(labels, bias)[inner]
     y = finish(y, residual, spec, False)
-    return y if y.dtype == x.dtype else y.to(x.dtype)
+    return y if y.dtype == x.dtype else y.to(x.dtype)  # autocast makes it float32
