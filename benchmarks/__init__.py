@@ -5,6 +5,7 @@
     python -m benchmarks.moves        bytes that the kernels move, counted without a GPU
     python -m benchmarks.host         what one call costs the host
     python -m benchmarks.step         a training step, part by part
+    python -m benchmarks.convert      somebody's model before and after `convert`
     python -m benchmarks.tune         launch plans for this GPU, into kernels/plans.json
     python -m benchmarks.defaults     how good the default runs are over seeds
     python -m benchmarks.norm_study   how well each norm trains: the runs of `study=` as a report
@@ -14,5 +15,5 @@ On a GPU machine:
     pip install -e ".[dev,peers]"
     python -m benchmarks.gpu
 
-norms, moves, host and step write JSON below `benchmarks/results/`, or where --out says.
+norms, moves, host, step and convert write JSON below `benchmarks/results/`, or where --out says.
 """

@@ -250,3 +250,13 @@ def test_unfused_layers_compute_the_same(norm: str):
     kinds = [m for net in plain.task.networks.values() for m in net.modules()]
     assert any("forward" in vars(m) for m in kinds), "no norm was replaced"
     assert not step.disagreement({"ours": ours.first, "unfused": plain.first})
+
+
+@pytest.mark.slow  # compiles a resnet50
+def test_convert(tmp_path: Path):
+    out = tmp_path / "convert.json"
+    done = run("benchmarks.convert", "--quick", "--models", "resnet50", "--out", out)
+    assert done.returncode == 0, done.stderr
+    (row,) = result(out)["models"]
+    assert row["model"] == "resnet50" and 0 < row["share_of_norms"] < 1
+    assert min(row[f"{who}_ms"] for who in ("eager", "compiled", "ours")) > 0
