@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     timing.use_device("cpu")
     result = timing.environment("cpu") | {"models": []}
     for name in args.models:
-        size = (1, 3, 32, 32) if args.quick else MODELS[name][1]
+        size = (2, 3, 64, 64) if args.quick else MODELS[name][1]
         try:
             row = measure(name, 1 if args.quick else args.seconds, size)
         except RequestError as error:
