@@ -88,7 +88,18 @@ SPECIAL = {
     "average": ("batch", {}),
     "float32": ("group", {"dtype": torch.float32}),
 }
-EXPORTS = pairs([*NORMS, *SPECIAL, *MODELS], [True, False], [True, False], [True, False])
+SLOW = ("resnet18", "cyclegan, batch", "resblock, batch")  # in the default tests by their parts
+
+
+def some(*parameters):
+    """All-pairs combinations of a name and switches; those of large models are slow tests."""
+    return [
+        pytest.param(*each, marks=[pytest.mark.slow] if each[0] in SLOW else [])
+        for each in pairs(*parameters)
+    ]
+
+
+EXPORTS = some([*NORMS, *SPECIAL, *MODELS], [True, False], [True, False], [True, False])
 
 
 def exported(net, inputs, free, strict: bool = False):
@@ -134,7 +145,7 @@ def test_aot_inductor(name, tmp_path):
         close(run(*each), net(*each), 1e-8)
 
 
-ONNX = pairs([*NORMS, *MODELS], [True, False], [True, False])
+ONNX = some([*NORMS, *MODELS], [True, False], [True, False])
 
 
 @pytest.mark.parametrize("name,dynamo,dynamic", ONNX)

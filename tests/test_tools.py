@@ -162,6 +162,7 @@ def test_make_fx(kind, training):
     graph = make_fx(run)(X)
     names = {str(n.target) for n in graph.graph.nodes if n.op == "call_function"}
     assert not any("gannorm" in name or "out" in name.split(".")[1:] for name in names)
+    assert any("_norm" in name for name in names), "a norm of torch's"
     close(graph(X), twin(*inputs), 1e-9)
     x = X.clone().requires_grad_()
     close(make_fx(penalty)(x)(x), penalty(x), 1e-6)
