@@ -170,8 +170,8 @@ MUTANTS = tuple(Mutant(*m) for m in (
     ("cpu cuts", CPU_C, "k % chunks * length, c =", "0, c =", "test_cpu.py -k 'against'"),
     ("compiled code avoids the kernels", REF, "maybe_current_level() is not None",
      "maybe_current_level() is None", "test_ops.py -k compiled_code"),
-    ("traced code gets C kernels", BACK, "eager and cpu", "cpu",
-     "test_ops.py -k 'without_values'"),
+    ("compiled code gets C kernels", BACK, "eager and cpu", "cpu",
+     "test_ops.py -k 'inductor'"),
     # the autograd Function
     ("constants in the double backward", AUTO, "given, call.spec)\n            pairs",
      "None if call.spec.groups else (stats[0], stats[3]), call.spec)\n            pairs", SECOND),

@@ -229,13 +229,19 @@ def test_hooks_see_what_they_saw(hook, where, when, fused):
 
 
 def test_a_hook_on_every_module(fused):
-    model, seen = convert(net(nn.ReLU())), []
+    model, seen = convert(net(nn.Identity(), nn.ReLU())), []
     handle = nn.modules.module.register_module_forward_hook(lambda m, x, y: seen.append(type(m)))
     try:
         model(X)
     finally:
         handle.remove()
-    assert seen[:3] == [nn.Conv2d, gannorm.BatchNorm2d, nn.ReLU] and not fused
+    assert seen[:4] == [nn.Conv2d, gannorm.BatchNorm2d, nn.Identity, nn.ReLU] and not fused
+
+
+def test_a_traced_graph_holds_every_module():
+    """A dropout that drops nothing now may drop something later."""
+    traced = torch.fx.symbolic_trace(convert(net(nn.Dropout(0.0), nn.ReLU())))
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["0", "1", "2", "3"]
 
 
 def test_a_hook_that_knows_its_module():
@@ -412,6 +418,10 @@ def test_another_module_in_a_norms_place():
     model[0], model[1] = nn.utils.fusion.fuse_conv_bn_eval(model[0], model[1]), nn.Identity()
     close(model(X), expected, 1e-5)
     assert model(X).min() == 0
+    model = convert(net(nn.ReLU())).eval()
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(synced[1]) is nn.SyncBatchNorm
+    close(synced(X), expected, 1e-5)
 
 
 def test_an_optimizer_made_before_goes_on():

@@ -53,7 +53,8 @@ class NormLayer(nn.Module):
     """The part of every layer that is ours.
 
     The class's own values stand for a layer that says nothing else, so that one of torch's norms
-    becomes ours by its class alone (`gannorm.convert`).
+    becomes ours by its class alone (`gannorm.convert`). `forward` takes another epilogue for one
+    call: how a converted Sequential runs a norm and its activation as one.
     """
 
     epilogue = Epilogue()
@@ -129,7 +130,8 @@ class UntrackedLayer(NormLayer):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, *others: Any
     ) -> None:
-        """As torch's; what torch below 0.4 wrote into every file, and never read, is dropped."""
+        """As torch's; but what torch below 0.4 wrote into every file is dropped where there is no
+        place for it, as the reference CycleGAN does."""
         if not self.track_running_stats and (local_metadata.get("version") or 0) < 2:
             for name in ("running_mean", "running_var", "num_batches_tracked"):
                 state_dict.pop(prefix + name, None)

@@ -117,7 +117,8 @@ def _joint(norm: nn.Module, activation: nn.Module) -> Epilogue | None:
 def _passes(module: Any) -> bool:
     """Whether nothing happens in `module`, such as a dropout of 0."""
     idle = type(module) in DROPOUTS and (module.p == 0 or not module.training)
-    return (idle or type(module) is nn.Identity) and not _watched(module)
+    idle = idle or type(module) is nn.Identity
+    return idle and not _watched(module) and not _has_any_global_hook()
 
 
 def _run(norm: Any, behind: Any, x: Any, residual: Any = None) -> Any:
@@ -141,6 +142,8 @@ class _Fusing(nn.Module):
 
 class _Sequential(_Fusing):
     def forward(self, input: Any) -> Any:
+        if isinstance(input, Proxy):  # a graph holds every module
+            return super().forward(input)
         waiting: Any = None  # a norm, for what comes behind it
         for module in self._modules.values():
             if waiting is not None and _passes(module):
