@@ -342,21 +342,21 @@ def compiled(tmp_path_factory):
 def library(compiled, tmp_path, monkeypatch):
     """A library just compiled into a cache of its own."""
     monkeypatch.setenv("GANNORM_CACHE", str(tmp_path / "cache"))
-    path = build.library_path(COMPILER)
+    path = build.compiled_path(COMPILER)
     path.parent.mkdir(mode=0o700, parents=True)
     shutil.copy(compiled, path)
     return path
 
 
 def test_compiled_once_for_each_source_and_compiler(library, monkeypatch, tmp_path):
-    assert build.load(library) is not None and build.library_path(COMPILER) == library
+    assert build.load(library) is not None and build.compiled_path(COMPILER) == library
     assert [p.name for p in library.parent.iterdir()] == [library.name]  # and nothing half-made
     other = tmp_path / "cc"  # the same name, another version
     other.write_text("#!/bin/sh\necho another 1.0\n")
     other.chmod(0o700)
-    assert build.library_path([str(other)]) != library
+    assert build.compiled_path([str(other)]) != library
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DOTHER"))
-    assert build.library_path(COMPILER) != library
+    assert build.compiled_path(COMPILER) != library
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "text"])

@@ -95,7 +95,7 @@ def dense(norm: str, place: Place) -> str:
 
 
 def opcheck(norm: str, place: Place) -> str:
-    """The registered operators: schema, fake tensors, autograd (torch.library.opcheck)."""
+    """The registered operators: schema, fake tensors, autograd (torch's `opcheck`)."""
     from gannorm.norms import ops
 
     c = Combination(norm, epilogue="residual+relu")

@@ -41,7 +41,7 @@ def kernels() -> ctypes.CDLL | None:
     if sys.platform != "linux" or not compiler or shutil.which(compiler[0]) is None:
         return None
     try:
-        path = library_path(compiler)
+        path = compiled_path(compiler)
         library = load(path)
         if library is None:
             compile_to(path, compiler)
@@ -59,7 +59,7 @@ def kernels() -> ctypes.CDLL | None:
         return None
 
 
-def library_path(compiler: list[str]) -> Path:
+def compiled_path(compiler: list[str]) -> Path:
     """Where the library of this source, compiler and processor is kept."""
     folder = Path(os.environ.get("GANNORM_CACHE", "~/.cache/gannorm")).expanduser() / "cpu"
     processor = next(
