@@ -57,7 +57,7 @@ def step(model: Callable[[Tensor], Tensor], x: Tensor) -> None:
 
 
 def share_of_norms(model: nn.Module, x: Tensor) -> float:
-    """The part of a step that torch's norms, activations and additions of branches take."""
+    """The part of a step that torch's norms and activations take."""
     step(model, x)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step(model, x)

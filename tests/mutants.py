@@ -341,10 +341,13 @@ MUTANTS = tuple(Mutant(*m) for m in (
      "test_tools.py -k make_fx"),
     ("a graph of our own ops", FUN, "portable.is_asked(*tensors)\n        and", "False and",
      "test_tools.py -k make_fx"),
+    ("torch gets one statistic alone", PORT, "(mean is None) == (var is None)", "True",
+     "test_tools.py -k takes_not"),
+    ("torch gets no values", PORT, "x.numel() > 0", "True", "test_tools.py -k takes_not"),
     ("a graph's variance biased", PORT, "/ count", "* 0", "test_export.py -k biased"),
     ("old files refused", BASE, '.get("version") or 0) < 2', '.get("version") or 0) < 0',
      "test_tools.py -k old_files"),
-    ("made anew without a word", BASE, "in REBUILDERS", "in ()", "test_tools.py -k refused"),
+    ("made anew without a word", BASE, "in REBUILDERS:", "in ():", "test_tools.py -k refused"),
 ))
 # fmt: on
 

@@ -99,13 +99,14 @@ TOOLS = {
         "finds every batch norm, conditional ones included",
         "test_tools.test_freezing_by_the_class",
     ),
-    "`convert_sync_batchnorm`, `fuse_conv_bn_eval`": (
+    "`convert_sync_batchnorm`, `fuse_conv_bn_eval`, `fuse_linear_bn_eval`": (
         "work; refuse what torch's norm cannot do (an activation inside, a table of classes)",
         "test_tools.test_what_makes_a_batch_norm_anew",
+        "test_tools.test_folding_into_a_linear_layer",
         "test_tools.test_what_would_lose_something_is_refused",
     ),
     "`to_mkldnn`, sparse tensors": (
-        "a batch norm becomes oneDNN's; the others refuse the layout by name",
+        "a batch norm becomes oneDNN's, or refuses as above; the others refuse the layout by name",
         "test_tools.test_mkldnn", "test_tools.test_sparse_inputs_are_refused",
     ),
     "weight_norm, pruning, parametrizations": (

@@ -186,6 +186,27 @@ def test_flop_counters_and_fake_tensors(kind):
     assert copies(*(t.to("meta") for t in inputs)).is_meta
 
 
+ONE = torch.ones(4).double()
+NOT_TORCHS = {
+    "one statistic": lambda: F.batch_norm(X, None, ONE.clone(), training=True),
+    "one of an instance norm's": lambda: F.instance_norm(X, ONE.clone()),
+    "no pixels": lambda: F.group_norm(X[..., :0], 2),
+    "no channels": lambda: F.group_norm(X[:, :0], 1),
+    "no samples": lambda: F.instance_norm(X[:0]),
+    "parameters of another dtype": lambda: F.instance_norm(X, weight=ONE.float()),
+}
+
+
+@pytest.mark.parametrize("what", NOT_TORCHS)
+def test_what_torchs_operator_takes_not(what):
+    """It is our composition then, watched or not."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    expected = NOT_TORCHS[what]()
+    with FlopCounterMode(display=False):
+        close(NOT_TORCHS[what](), expected, 1e-9)
+
+
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "saved"])
 @pytest.mark.parametrize("kind", [k for k in NORMS if "batch" in k or "tracking" in k])
 @pytest.mark.parametrize("momentum", [0.3, None])
@@ -279,6 +300,18 @@ def test_what_makes_a_batch_norm_anew():
     close(synced(X), expected, 1e-9)
 
 
+def test_folding_into_a_linear_layer():
+    norm, linear = gannorm.BatchNorm1d(4), nn.Linear(3, 4)
+    x = torch.randn(5, 3)
+    norm(linear(x))
+    expected = norm.eval()(linear.eval()(x))
+    close(nn.utils.fusion.fuse_linear_bn_eval(linear, norm)(x), expected, 1e-5)
+    with pytest.raises(RuntimeError, match="lose the activation 'relu'"):
+        nn.utils.fusion.fuse_linear_bn_eval(
+            linear, gannorm.BatchNorm1d(4, activation="relu").eval()
+        )
+
+
 LOST = [
     ("batch", {"activation": "relu"}, "the activation 'relu'"),
     ("batch", {"var_estimator": "biased"}, "the biased running variance"),
@@ -326,12 +359,13 @@ def test_mkldnn(kind):
     net, inputs = make(kind)
     net, inputs = net.float().eval(), (X.float(), *inputs[1:])
     expected = net(*inputs)
-    if kind == "conditional batch":
-        assert mkldnn.to_mkldnn(net).norm is not None
     opaque = mkldnn.to_mkldnn(net)
     opaque_inputs = (inputs[0].to_mkldnn(), *inputs[1:])
     if kind == "batch":
         close(opaque(*opaque_inputs).to_dense(), expected, 1e-5)
+        fused = make(kind, **LEAKY)[0].float().eval()
+        with pytest.raises(RuntimeError, match="lose the activation 'leaky_relu'"):
+            mkldnn.to_mkldnn(fused)
     else:
         with pytest.raises(ValueError, match=r"torch\._mkldnn; call \.to_dense\(\)"):
             opaque(*opaque_inputs)

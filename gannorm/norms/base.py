@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from gannorm.norms.checks import (
     ACTIVATIONS,
@@ -17,10 +16,8 @@ from gannorm.norms.checks import (
 )
 from gannorm.norms.composed import NormSpec, finish, is_recomputed
 
-REBUILDERS = {
-    nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__,  # type: ignore[attr-defined]
-    fuse_conv_bn_eval.__code__,
-}
+# Where torch makes a batch norm anew: SyncBatchNorm, folding, oneDNN's layer.
+REBUILDERS = ("torch.nn.modules.batchnorm", "torch.nn.utils.fusion", "torch.utils.mkldnn")
 SETTINGS = ("weight_init", "var_estimator", "degenerate")  # in the repr where not the default
 
 
@@ -152,13 +149,13 @@ class BatchLayer(NormLayer):
 
     @property
     def eps(self) -> float:
-        """Refused to the two functions of torch's that make a batch norm anew from its parts, where
-        that would lose something: neither leaves another place to say so.
+        """Refused to the code of torch's that makes a batch norm anew from its parts, where that
+        would lose something: it leaves no other place to say so.
 
         Raises:
             RuntimeError: torch's batch norm of the same parts would not do the same.
         """
-        if sys._getframe(1).f_code in REBUILDERS:
+        if sys._getframe(1).f_globals.get("__name__") in REBUILDERS:
             self._refuse_if_it_loses()
         return self._eps
 

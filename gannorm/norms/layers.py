@@ -243,8 +243,8 @@ class _ConditionalNorm(NormLayer):
         self._extend(epilogue, weight_init)
 
     def extra_repr(self) -> str:
-        shown = f"{self.num_features}, num_classes={self.num_classes}, "
-        return shown + "eps={eps}".format(**self.__dict__) + self._settings()
+        shown = f"{self.num_features}, num_classes={self.num_classes}, eps={self.eps}"
+        return shown + self._settings()
 
 
 class ConditionalInstanceNorm2d(_ConditionalNorm, UntrackedLayer):
@@ -333,6 +333,5 @@ class ConditionalBatchNorm2d(_ConditionalNorm, BatchLayer, batchnorm._BatchNorm)
         return self._on_running_stats(input, run)
 
     def extra_repr(self) -> str:
-        eps = "eps={eps}".format(**self.__dict__)
         shown = f", momentum={self.momentum}, track_running_stats={self.track_running_stats}"
-        return super().extra_repr().replace(eps, eps + shown, 1)
+        return super().extra_repr().replace(f"eps={self.eps}", f"eps={self.eps}{shown}", 1)

@@ -17,9 +17,14 @@ def is_asked(*tensors: Tensor | None) -> bool:
     return composed.recorded() or not all(map(is_plain, tensors))
 
 
-def supports(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether torch's operators take parameters and statistics of these dtypes with `x`."""
-    return all(t is None or t.dtype == x.dtype for t in others)
+def supports(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor | None = None, var: Tensor | None = None,
+) -> bool:  # fmt: skip
+    """Whether torch's operators take these: of one dtype, both statistics or none, and values."""
+    others = weight, bias, mean, var
+    alike = all(t is None or t.dtype == x.dtype for t in others)
+    return alike and (mean is None) == (var is None) and x.numel() > 0
 
 
 def forward(
