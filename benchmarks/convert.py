@@ -73,7 +73,7 @@ def measure(name: str, seconds: float, size: tuple[int, ...]) -> dict[str, Any]:
     ours = convert(copy.deepcopy(plain))
     torch._dynamo.reset()  # what it has learnt of another model's shapes
     compiled = torch.compile(copy.deepcopy(plain), dynamic=False)
-    outputs = [model(x) for model in (plain, ours, compiled)]
+    outputs = [model(x).detach() for model in (plain, ours, compiled)]
     scale = outputs[0].abs().max()
     off = max(float((y - outputs[0]).abs().max() / scale) for y in outputs[1:])
     if off > AGREE:
