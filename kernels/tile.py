@@ -155,9 +155,12 @@ def load_statistics(stats_ptr, total, index, live):
 
 @triton.jit
 def stays_finite(value, ptr):
-    """Whether `value` is finite in the dtype behind `ptr`: a difference with itself is then 0."""
-    rounded = value.to(ptr.dtype.element_ty)
-    return rounded - rounded == 0
+    """Whether `value` is finite in the dtype behind `ptr`.
+
+    Not by its difference with itself: a product, contracted into the subtraction, leaves its
+    rounding error there.
+    """
+    return tl.abs(value.to(ptr.dtype.element_ty)) < float("inf")
 
 
 @triton.jit
