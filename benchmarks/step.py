@@ -15,6 +15,7 @@ discriminators (D), EMA. images/s is measured apart, without waiting inside a st
 """
 
 import argparse
+import gc
 import random
 import statistics
 import sys
@@ -160,6 +161,7 @@ def _memory(device: str) -> int | None:
     """Bytes allocated on a GPU, from where its peak is counted on."""
     if device != "cuda":
         return None
+    gc.collect()  # or the last contestants go in the middle of this one's first step
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated()
 

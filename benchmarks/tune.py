@@ -4,9 +4,9 @@
     python -m benchmarks.tune --only instance
 
 For each kind of statistics set the kernels run, forward + backward, under several bounds (what
-registers hold, tile, programs for each processor, warps); each plan is first held against the
-float64 oracle. Bounds enter the table if they are faster than the formula's by more than GAIN.
-Nothing is tuned when the norms are used.
+registers hold, tile, programs for each processor, warps, tiles under way); each plan is first held
+against the float64 oracle. Bounds enter the table if they are faster than the formula's by more
+than GAIN. Nothing is tuned when the norms are used.
 """
 
 import argparse
@@ -64,13 +64,16 @@ def key(case: Case) -> str:
 def candidates(case: Case, processors: int) -> list[Bounds]:
     """Bounds that make different plans, the formula's first."""
     batch, planes, sets, size = _sets(case)
-    formula = Bounds(launch.PERSISTENT, launch.TILE, launch.WAVES, 1.0)
+    formula = launch.formula(batch)
     persistent = [formula._replace(warps=w) for w in (0.5, 2.0)]
-    split = [
-        Bounds(0, *rest) for rest in product((8192, 16384, 32768), (4, 8, 16), (0.5, 1.0, 2.0))
+    tiles = (8192, 16384, 32768)
+    looped = [
+        Bounds(0, tile, launch.WAVES, warps, stages)
+        for tile, warps, stages in product(tiles, (1.0, 2.0), (1, 3))
     ]
+    split = [Bounds(0, *rest, 0) for rest in product(tiles, (4, 8, 16), (0.5, 1.0, 2.0))]
     found: dict[launch.Plan, Bounds] = {}
-    for bounds in [formula, *persistent, *split]:
+    for bounds in [formula, *persistent, *looped, *split]:
         last = case.layout == "channels_last"
         made = plan(batch, case.shape[0], planes, sets, size, 4, last, False, processors, bounds)
         found.setdefault(made, bounds)

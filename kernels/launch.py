@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gannorm.kernels.layout import contiguous, dense_strides, flat_strides, is_ready, placed
+from gannorm.kernels.looped import looped_backward_kernel, looped_forward_kernel
 from gannorm.kernels.persistent import persistent_backward_kernel, persistent_forward_kernel
 from gannorm.kernels.runner import Kernel
 from gannorm.kernels.split import (
@@ -38,11 +39,15 @@ PLANS = Path(__file__).with_name("plans.json")
 PERSISTENT = 65536  # bytes of a statistics set, in the dtype of the statistics, that registers hold
 TILE = 16384  # bytes, the same way, that a program of a split set handles at a time
 LINE = 64  # elements that neighbouring threads should find next to each other
+LOOPED = 32768  # bytes, where a program has its sets to itself
+STAGES = 1  # tiles that such a program has under way, more of them by way of shared memory
+ENOUGH = 0.45  # such programs for each processor, below which sets are split
+LONG = 2**19  # bytes of their sets, above which it takes 4 of them: the last would run on alone
 WAVES = 8  # programs for each processor of the GPU, at most, that split sets are cut into
 MERGED = 16  # partials for each tile of a chunk, beyond which they are merged once, for 2% less
 MERGED_SETS = 4  # sets that a merging program takes: 32 bytes of float64 side by side
 GRID = 65535  # programs along the second axis of a CUDA grid, at most
-TABLE_SAMPLES, TABLE_COLUMNS = 16, 64  # that a program of a table's gradient takes at a time
+TABLE_SAMPLES, TABLE_COLUMNS = 64, 32  # that a program of a table's gradient takes at a time
 SUMMED_ROWS = 16  # rows of a table whose gradients the programs of a channel add up themselves
 KEPT = 4096  # kinds of calls that are remembered
 
@@ -65,15 +70,21 @@ class Plan(NamedTuple):
     loops: int = 1  # tiles in a chunk
     parts: int = 1  # chunks of a plane
     cut: bool = False  # a tile is less than a plane
+    stages: int = 0  # tiles under way where programs loop over their sets; 0: they do not
 
 
 class Bounds(NamedTuple):
     """What `plan` goes by: the constants above, or what `benchmarks.tune` found to be faster."""
 
     persistent: int
-    tile: int
+    tile: int  # 0: LOOPED or TILE
     waves: int
     warps: float  # times the formula's
+    stages: int = 0  # of looped plans; 0: sets are split
+
+
+def formula(batch: bool) -> Bounds:  # across the batch sums of tables take registers too
+    return Bounds(PERSISTENT // 2 if batch else PERSISTENT, 0, WAVES, 1.0, STAGES)
 
 
 def bounds_key(
@@ -86,9 +97,20 @@ def bounds_key(
 
 
 @cache
-def tuned() -> dict[str, dict[str, list[float]]]:
+def tuned() -> dict[str, dict[str, list[Any]]]:
     """plans.json: by the GPU's name and `bounds_key`, the bounds."""
     return json.loads(PLANS.read_text(encoding="utf-8")) if PLANS.exists() else {}
+
+
+def _cut(planes: int, size: int, room: int, together: bool) -> tuple[int, int]:
+    """Planes and elements of each in a tile of `room`; `together`: planes lie side by side."""
+    most_p, most_s = triton.next_power_of_2(planes), triton.next_power_of_2(size)
+    block_s = min(most_s, max(room // (min(most_p, LINE) if together else 1), 1))
+    block_p = min(most_p, LINE if together else max(room // block_s, 1))
+    # Many samples: fewer, wider rows of tiles, as a grid's second axis is short.
+    while triton.cdiv(planes, block_p) > GRID and 1 < block_s < size:
+        block_p, block_s = 2 * block_p, block_s // 2
+    return block_p, block_s
 
 
 def plan(
@@ -104,7 +126,7 @@ def plan(
     bounds: Bounds | None = None,
 ) -> Plan:
     """The plan for sets of `planes` planes of `size` elements."""
-    persistent_bytes, tile_bytes, waves, factor = bounds or Bounds(PERSISTENT, TILE, WAVES, 1.0)
+    persistent_bytes, tile_bytes, waves, factor, stages = bounds or formula(batch)
     rounded = triton.next_power_of_2
     # Neighbouring elements in memory: of a plane, or of the channels.
     run = 1 if channels_last and batch else planes if channels_last else size
@@ -116,28 +138,24 @@ def plan(
         group *= 2
     side_by_side = group * run >= 32 or group == limit
     persistent = not given and tile * group * itemsize <= persistent_bytes and side_by_side
-    if persistent:
-        block_p, block_s = rounded(planes), rounded(size)
-    else:
-        room = tile_bytes // itemsize
+    block_p, block_s, looped = rounded(planes), rounded(size), False
+    if not persistent:
         group = 1
         while group < limit and group * run < LINE:
             group *= 2
-        block_s = min(rounded(size), max(room // group, 1))
-        block_p = min(rounded(planes), max(room // group // block_s, 1))
-        if channels_last and not batch:  # the channels of a group lie next to each other
-            block_p = min(rounded(planes), LINE)
-            block_s = min(rounded(size), max(room // group // block_p, 1))
-        # Many samples: fewer, wider rows of tiles, as a grid's second axis is short.
-        while triton.cdiv(planes, block_p) > GRID and 1 < block_s < size:
-            block_p, block_s = 2 * block_p, block_s // 2
+        programs = triton.cdiv(sets, group) * (1 if batch else samples) / processors
+        long = planes * size * group * itemsize > LONG
+        looped = stages > 0 and not given and programs >= (4 if long else ENOUGH)
+        room = (tile_bytes or (LOOPED if looped else TILE)) // itemsize
+        block_p, block_s = _cut(planes, size, room // group, channels_last and not batch)
     even = planes % block_p == 0 and sets % group == 0 and size % block_s == 0
     warps = max(1, min(16 if persistent else 8, block_p * group * block_s * itemsize // 2048))
-    warps = max(1, min(16, int(warps * factor)))
+    warps, cut = max(1, min(16, int(warps * factor))), block_s < size
     blocks = triton.cdiv(sets, group) * (1 if batch else samples)
     if persistent:
         return Plan(True, block_p, group, block_s, even, warps, blocks)
-    cut = block_s < size
+    if looped:
+        return Plan(False, block_p, group, block_s, even, warps, blocks, cut=cut, stages=stages)
     tiles = triton.cdiv(size, block_s) if cut else triton.cdiv(planes, block_p)
     rows = triton.cdiv(planes, block_p) if cut else 1
     loops = max(1, min(tiles, tiles * rows * blocks // (waves * processors)))
@@ -160,7 +178,7 @@ def _processors(device: torch.device) -> int:
 def _bounds(device: torch.device, key: str) -> Bounds | None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     best = tuned().get(name, {}).get(key)
-    return None if best is None else Bounds(int(best[0]), int(best[1]), int(best[2]), best[3])
+    return None if best is None else Bounds(*best)
 
 
 class Launches:
@@ -222,6 +240,12 @@ class Launches:
             grid = (p.blocks, 1, 1)
             self.apply = self._kernel(persistent_forward_kernel, grid, p.warps, numbers, apply)
             backward, kernel = (*backward, self.summed), persistent_backward_kernel
+        elif p.stages:
+            grid = (p.blocks, 1, 1)
+            self.apply = self._kernel(
+                looped_forward_kernel, grid, p.warps, numbers, (*apply, p.stages)
+            )
+            backward, kernel = (*backward, p.cut, p.stages), looped_backward_kernel
         else:
             self._split(p, numbers, dtype, apply, backward)
             grid, numbers = (p.blocks, p.chunks, 1), (*numbers, p.parts, p.loops)
@@ -289,7 +313,7 @@ class Launches:
         if not (self.given or self.moves):
             mean = var = None
         inputs = (x, y, residual, weight, bias, labels)
-        if p.persistent:
+        if p.persistent or p.stages:
             self.apply((*inputs, stats, mean, var), factors)
             return y, stats
         if self.given:
@@ -329,6 +353,8 @@ class Launches:
         if p.persistent:
             tables = (dweight, dbias) if self.summed else (None, None)
             self.dx_kernels[need_dx]((*inputs, dx, g, sums, *tables))
+        elif p.stages:
+            self.dx_kernels[need_dx]((*inputs, dx, g, sums))
         else:
             if self.sum is not None:
                 self.sum((*inputs, sums))

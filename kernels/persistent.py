@@ -93,7 +93,7 @@ def persistent_backward_kernel(
     start, rest = pivot(mean, error, rstd, var)
     x_hat = normalized(x, start, rest, rstd, mask)
     g = grad_tile(
-        dy_ptr, x_hat, weight, bias, residual_ptr, offsets, mask, ACTIVATION, SLOPE, DTYPE
+        dy_ptr, x_hat, weight, bias, residual_ptr, offsets, mask, ACTIVATION, SLOPE, DTYPE, ""
     )
     if g_ptr is not None:
         tl.store(g_ptr + offsets, g.to(g_ptr.dtype.element_ty), mask=mask)

@@ -263,7 +263,7 @@ def split_sums_kernel(
             g = grad_tile(
                 dy_ptr, x_hat, weight, bias, residual_ptr,
                 at(sample, channel, s, stride_n, stride_c, stride_s), mask,
-                ACTIVATION, SLOPE, DTYPE,
+                ACTIVATION, SLOPE, DTYPE, "",
             )  # fmt: skip
             g_sum += g
             gx_sum += g * x_hat
@@ -356,7 +356,17 @@ def split_dx_kernel(
             x_hat = normalized(x, start, rest, rstd, mask)
             offsets = at(sample, channel, s, stride_n, stride_c, stride_s)
             g = grad_tile(
-                dy_ptr, x_hat, weight, bias, residual_ptr, offsets, mask, ACTIVATION, SLOPE, DTYPE
+                dy_ptr,
+                x_hat,
+                weight,
+                bias,
+                residual_ptr,
+                offsets,
+                mask,
+                ACTIVATION,
+                SLOPE,
+                DTYPE,
+                "",
             )
             if g_ptr is not None:
                 tl.store(g_ptr + offsets, g.to(g_ptr.dtype.element_ty), mask=mask)

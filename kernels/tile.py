@@ -279,12 +279,16 @@ def normalized(x, start, rest, rstd, mask):
 def grad_tile(
     dy_ptr, x_hat, weight, bias, residual_ptr, offsets, mask,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, DTYPE: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
-    """dy behind the activation (P, G, S); the activation's mask is recomputed, not stored."""
-    g = tl.load(dy_ptr + offsets, mask=mask, other=0).to(DTYPE)
+    """dy behind the activation (P, G, S); the activation's mask is recomputed, not stored.
+
+    KEEP: whether a cache keeps what is read, `tl.load`'s eviction_policy.
+    """
+    g = tl.load(dy_ptr + offsets, mask=mask, other=0, eviction_policy=KEEP).to(DTYPE)
     if ACTIVATION is not None:
         z = x_hat * weight[:, :, None] + bias[:, :, None]
         if residual_ptr is not None:
-            z += tl.load(residual_ptr + offsets, mask=mask, other=0).to(DTYPE)
+            z += tl.load(residual_ptr + offsets, mask=mask, other=0, eviction_policy=KEEP).to(DTYPE)
         g = _activate_grad(g, z, ACTIVATION, SLOPE)
     return g

@@ -37,6 +37,7 @@ CPU, CPU_C, REAL = (
     f"gannorm/norms/cpu/{name}" for name in ("__init__.py", "norm.c", "norm_real.c")
 )
 TILE, LAUNCH = "kernels/tile.py", "kernels/launch.py"
+LOOPED = "kernels/looped.py"
 PERSIST, SPLIT, LAYOUT = "kernels/persistent.py", "kernels/split.py", "kernels/layout.py"
 
 GAPS = "test_norm_gaps.py -k "
@@ -204,6 +205,19 @@ MUTANTS = tuple(Mutant(*m) for m in (
     ("squares overflow", TILE, 'huge = total == float("inf")', "huge = total < 0", MAGNITUDES),
     ("split squares overflow", SPLIT, 'huge = square == float("inf")', "huge = square < 0",
      MAGNITUDES),
+    ("looped squares overflow", LOOPED, 'huge = square == float("inf")', "huge = square < 0",
+     MAGNITUDES),
+    ("looped: first tile twice", LOOPED, "tiles - 1 - back, g0, n, planes, sets, size,\n"
+     "            DOMAIN, BLOCK_P, BLOCK_G, BLOCK_S, EVEN,\n        )  # fmt: skip\n        weight",
+     "tl.maximum(tiles - 1 - back, 1), g0, n, planes, sets, size,\n"
+     "            DOMAIN, BLOCK_P, BLOCK_G, BLOCK_S, EVEN,\n        )  # fmt: skip\n        weight",
+     PLANS + "'every and contiguous and looped'"),
+    ("looped: short lanes count whole", LOOPED, "met += tl.where(mask, 1.0, 0.0)", "met += 1.0",
+     PLANS + "'every and contiguous and looped'"),
+    ("looped: spread of the lanes", LOOPED, "square + met * (apart * apart)", "square",
+     PLANS + "'every and contiguous and looped'"),
+    ("looped: planes' weights", LOOPED, "a += weight * g_sum", "a += g_sum",
+     PLANS + "'every and contiguous and looped'"),
     ("pivot nowhere", TILE, "> 4.0) | (var == 0)", "> 1e9)", MAGNITUDES),
     ("last elements unmasked", TILE, "live[:, :, None] & (s < size)", "live[:, :, None] & (s >= 0)",
      WHOLE),

@@ -37,8 +37,11 @@ NARROW |= {"dweight_ptr", "dbias_ptr"}
 # Accesses of less than 16 bytes that are meant to be, at most this many: (kernel, argument).
 FEW = {
     (kernel, "x_ptr"): 2  # the first element of each set, which shifts its moments
-    for kernel in ("persistent_forward_kernel", "split_moments_kernel", "split_apply_kernel")
-}
+    for kernel in (
+        "persistent_forward_kernel", "looped_forward_kernel", "split_moments_kernel",
+        "split_apply_kernel",
+    )
+}  # fmt: skip
 SPILLED: dict[tuple[str, str], dict[str, int]] = {}
 if triton.__version__ < "3.7":  # whose code is a little worse
     FEW["persistent_forward_kernel", "x_ptr"] = 8

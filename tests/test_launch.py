@@ -12,13 +12,15 @@ from gannorm.kernels.launch import plan
 from gannorm.kernels.runner import Kernel
 from gannorm.norms import functional as G
 
-# PERSISTENT, TILE, WAVES and GRID that make a plan of each kind out of small shapes.
+# PERSISTENT, TILE, WAVES, GRID and STAGES that make a plan of each kind out of small shapes.
 KINDS = {
-    "persistent": (launch.PERSISTENT, launch.TILE, launch.WAVES, launch.GRID),
-    "split planes": (0, 1024, launch.WAVES, launch.GRID),
-    "split elements": (0, 128, launch.WAVES, launch.GRID),
-    "chunks of several tiles": (0, 256, 1, launch.GRID),
-    "elements of several planes": (0, 128, 1, 1),
+    "persistent": (launch.PERSISTENT, launch.TILE, launch.WAVES, launch.GRID, 0),
+    "split planes": (0, 1024, launch.WAVES, launch.GRID, 0),
+    "split elements": (0, 128, launch.WAVES, launch.GRID, 0),
+    "chunks of several tiles": (0, 256, 1, launch.GRID, 0),
+    "elements of several planes": (0, 128, 1, 1, 0),
+    "looped planes": (0, 1024, launch.WAVES, launch.GRID, 2),
+    "looped elements": (0, 128, launch.WAVES, launch.GRID, 1),
 }
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
@@ -32,10 +34,12 @@ FUSED = {"activation": "leaky_relu", "residual": True}
 @pytest.fixture(params=KINDS)
 def kind(request, monkeypatch):
     for name, value in zip(
-        ("PERSISTENT", "TILE", "WAVES", "GRID"), KINDS[request.param], strict=True
+        ("PERSISTENT", "TILE", "WAVES", "GRID", "STAGES"), KINDS[request.param], strict=True
     ):
         monkeypatch.setattr(launch, name, value)
     monkeypatch.setattr(launch, "_processors", lambda device: 2)
+    monkeypatch.setattr(launch, "LOOPED", launch.TILE)
+    monkeypatch.setattr(launch, "ENOUGH", 0.0)
     launch.forget()
     with use_backend("triton"):
         yield request.param
@@ -139,22 +143,26 @@ def test_plans(case, itemsize, last):
     batch, samples, planes, sets, size = case
     p = plan(batch, samples, planes, sets, size, itemsize, last)
     elements = p.block_p * p.block_g * p.block_s
-    assert elements * itemsize <= (launch.PERSISTENT if p.persistent else launch.TILE)
+    assert elements * itemsize <= (
+        launch.PERSISTENT if p.persistent else launch.LOOPED if p.stages else launch.TILE
+    )
     assert elements * itemsize <= p.warps * 32 * 128  # bytes of a thread's registers
     assert p.blocks >= sets / p.block_g * (1 if batch else samples)
     if p.persistent:
         assert p.block_p >= planes and p.block_s >= size
+    elif p.stages:  # the program's loop covers its sets
+        assert p.chunks == 1
     elif p.block_s < size:
         assert p.chunks * p.loops * p.block_p * p.block_s >= planes * size
     else:
         assert p.chunks * p.loops * p.block_p >= planes
-    persistent = planes * size * itemsize <= launch.PERSISTENT
+    persistent = planes * size * itemsize <= launch.formula(batch).persistent
     assert (
         p.persistent == persistent
         or last
         or not (planes & (planes - 1) == 0 and size & (size - 1) == 0)
     )
-    if not p.persistent:
+    if not p.persistent and not p.stages:
         few = p.blocks * p.chunks <= 2.5 * launch.WAVES * 132
         assert few or p.loops in (1, -(-size // p.block_s))  # a chunk stays in its plane
 

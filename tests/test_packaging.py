@@ -17,7 +17,7 @@ except PackageNotFoundError:
     pytest.skip("pip is not installed", allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = {path.name for path in (ROOT / "kernels").glob("*.py")}
+KERNELS = {path.name for path in (ROOT / "kernels").glob("*.*")}  # and the plans
 OTHER = "MARK = 'the other project'\n"  # the file of another distribution named kernels
 NOT_SOURCE = (
     ".*", "__pycache__", "*.egg-info", "build", "dist", "outputs", "multirun", "datasets", "venv",

@@ -52,14 +52,14 @@ def test_the_table_decides_the_plan_of_its_kind_of_set_alone(no_table, monkeypat
 def test_every_candidate_is_a_plan_of_its_own_and_the_formula_is_the_first():
     for case in tune.tuned_cases(quick=False):
         found = tune.candidates(case, 132)
-        assert found[0] == Bounds(launch.PERSISTENT, launch.TILE, launch.WAVES, 1.0)
+        assert found[0] == launch.formula(tune._sets(case)[0])
         assert len(found) > 3
 
 
 def test_no_bounds_are_tried_beyond_the_time_but_the_formulas():
     with use_backend("triton"):
         best, gain, _ = tune.tune(CASE, DEVICE, NAME, 0.01, within=0.0)
-    assert best == Bounds(launch.PERSISTENT, launch.TILE, launch.WAVES, 1.0) and gain == 1.0
+    assert best == launch.formula(False) and gain == 1.0
 
 
 def test_a_wrong_plan_is_named_and_not_chosen(monkeypatch):

@@ -26,7 +26,7 @@ DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64,
 }  # fmt: skip
 LAYOUTS = ("nchw", "channels_last", "sliced", "offset")
-PLANS = ("persistent", "split", "given")
+PLANS = ("persistent", "looped", "split", "given")
 # Activation; a residual; added behind the activation.
 EPILOGUES: dict[str, tuple[str | None, bool, bool]] = {
     "none": (None, False, False),
@@ -224,8 +224,9 @@ def planned(plan: str) -> Iterator[None]:
     from gannorm.kernels import launch
 
     bounds: dict[str, Any] = {"PERSISTENT": launch.PERSISTENT}
-    if plan == "split":
+    if plan in ("split", "looped"):
         bounds = {"PERSISTENT": 0, "TILE": 512, "WAVES": 1}
+        bounds |= {"ENOUGH": 0.0, "LOOPED": 512} if plan == "looped" else {"STAGES": 0}
     with mock.patch.multiple(launch, **bounds):
         launch.forget()
         try:
