@@ -20,7 +20,7 @@ import torch
 from sklearn.svm import SVC
 from torch import Tensor
 
-from gannorm.commands.inference import load_task
+from gannorm.commands.trained import load_task
 from gannorm.data import Source, build_data, fetch_all
 from gannorm.errors import RequestError, answering_requests
 from gannorm.metrics.evaluation import in_chunks

@@ -129,6 +129,16 @@ class DataConfig(Section):
     batch_size: PositiveInt
     num_workers: NonNegativeInt
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images that are trained on."""
+        return self.image_size, self.image_size
+
+    @property
+    def channel_pair(self) -> tuple[int, int]:
+        """Channels of domain A and of domain B."""
+        return self.channels, self.channels
+
 
 class DigitsConfig(DataConfig):
     pass

@@ -143,7 +143,7 @@ def test_truncation_keeps_the_noise_within_it(made, tmp_path, monkeypatch):
         net.averaged["G"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         return net
 
-    monkeypatch.setattr("gannorm.commands.inference.build_task", watched)
+    monkeypatch.setattr("gannorm.commands.trained.build_task", watched)
     spread = {}
     for name, extra in (("all", []), ("within", ["--truncation", 0.5])):
         out = tmp_path / name

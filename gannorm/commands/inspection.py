@@ -1,6 +1,7 @@
-"""The norm table of a checkpoint, or of what a config would train."""
+"""`python -m gannorm inspect`: the norm table of a checkpoint, or of what a config would train."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -8,7 +9,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from gannorm.commands.inference import load_task
+from gannorm.commands.trained import load_task
 from gannorm.config import explain_composition, typed
 from gannorm.data import DATA, build_data
 from gannorm.diagnostics.norm_layers import AVERAGED, gaps, render, table
@@ -18,6 +19,15 @@ from gannorm.tasks import TASKS, ClassConditional, Task, build_task
 from gannorm.training.request import check_pair
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def add(commands: Any) -> None:
+    three = commands.add_parser("inspect", help="print every norm layer and what is wrong with it")
+    three.add_argument(
+        "what", nargs="*", metavar="CHECKPOINT | KEY=VALUE ...",
+        help="a checkpoint, or overrides of the config, as for train.py",
+    )  # fmt: skip
+    three.set_defaults(run=lambda a: inspect(a.what))
 
 
 def inspect(what: list[str]) -> None:
