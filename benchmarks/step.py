@@ -19,14 +19,17 @@ import gc
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -85,11 +88,10 @@ def unfuse(task: Task) -> Task:
 
 def random_batches(cfg: Config) -> Iterator[list[Batch]]:
     """One batch of random images in [-1, 1] over and over: the recipe's shapes without its data."""
-    n, c, s = cfg.data.batch_size, cfg.data.channels, cfg.data.image_size
-    domains = 2 if isinstance(cfg.model, CycleGANConfig) else 1
+    n, domains = cfg.data.batch_size, 2 if isinstance(cfg.model, CycleGANConfig) else 1
     batch = [
-        {"image": torch.rand(n, c, s, s) * 2 - 1, "label": torch.arange(n) % 10}
-        for _ in range(domains)
+        {"image": torch.rand(n, c, *cfg.data.size) * 2 - 1, "label": torch.arange(n) % 10}
+        for c in cfg.data.channel_pair[:domains]
     ]
     while True:
         yield batch
@@ -206,6 +208,46 @@ def measure(
     }
 
 
+def photographs(folder: Path, count: int) -> Path:
+    """Two domains of `count` JPEG files each, 640x480 pixels, as a camera makes them."""
+    chance = np.random.default_rng(0)
+    for domain in ("trainA", "trainB"):
+        (folder / domain).mkdir(parents=True)
+        for number in range(count):
+            coarse = chance.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+            image = Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC)
+            image.save(folder / domain / f"{number}.jpg", quality=90)
+    return folder
+
+
+def data_speeds(quick: bool) -> dict[str, float]:
+    """Images/s of the data alone: what the default trainings and photographs are fed with."""
+    with tempfile.TemporaryDirectory() as place:
+        root = photographs(Path(place) / "photographs", 8 if quick else 64)
+        pair = ["data=folder_pair", f"data.root={root}", f"metrics.cache={place}"]
+        kinds = {name: [choice] for name, choice in DEFAULTS.items()} | {
+            "photographs, decoded each time": [*pair, "data.cache_gb=0", "data.num_workers=0"],
+            "photographs, decoded by 2 workers": [*pair, "data.cache_gb=0", "data.num_workers=2"],
+            "photographs, kept": [*pair, "data.num_workers=0"],
+        }
+        return {
+            name: _data_speed(configured(*overrides), quick) for name, overrides in kinds.items()
+        }
+
+
+def _data_speed(cfg: Config, quick: bool) -> float:
+    stop = 4 if quick else max(20, 400 // cfg.data.batch_size)
+    domains = build_data(cfg.data).domains
+    taken = batches(
+        domains, batch_size=cfg.data.batch_size, start=0, stop=stop, seed=0,
+        num_workers=cfg.data.num_workers,
+    )  # fmt: skip
+    next(taken)  # workers have started
+    began = time.perf_counter()
+    rest = sum(len(each["image"]) for batch in taken for each in batch)
+    return rest / (time.perf_counter() - began)
+
+
 def _now(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -237,11 +279,14 @@ def main(argv: list[str] | None = None) -> int:
         todo += [(name, [f"experiment={name}"], True) for name in RECIPES]
     result = timing.environment(args.device) | {
         "protocol": "medians; contestants take turns, 2 steps timed together, 1 in parts",
+        "data_images_per_second": data_speeds(args.quick),
         "steps": [],
     }
     path = timing.result_path(result, args.out, "step-")
     failed = False
     print(result["device"])
+    for kind, rate in result["data_images_per_second"].items():
+        print(f"data alone, {kind}: {rate:.0f} images/s")
     for name, overrides, synthetic in todo:
         names = ("ours", "torch", "unfused") if args.device == "cuda" else ("ours", "unfused")
         row = measure(name, overrides, args.device, synthetic, 1 if args.quick else 20, names)

@@ -1,6 +1,7 @@
-"""Use a trained model:  python -m gannorm sample|translate|inspect CHECKPOINT ...
+"""Use a trained model:  python -m gannorm sample|translate|inspect|export|demo CHECKPOINT ...
 
-CHECKPOINT is a checkpoint file, or a run folder (then its newest checkpoint).
+CHECKPOINT is a checkpoint file, a run folder (then its newest checkpoint), a .safetensors file, or
+latest_net_G_A.pth of the reference CycleGAN code, or a folder of such files.
 """
 
 import argparse
@@ -9,13 +10,13 @@ import signal
 from gannorm.errors import answering_requests
 
 with answering_requests():  # without the extra `train` something is missing
-    from gannorm.commands import inspection, sampling, translation
+    from gannorm.commands import demo, export, inspection, sampling, translation
 
 
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m gannorm", description=__doc__)
     commands = main.add_subparsers(required=True, metavar="COMMAND")
-    for module in (sampling, translation, inspection):
+    for module in (sampling, translation, inspection, export, demo):
         module.add(commands)
     return main
 

@@ -122,22 +122,43 @@ class BatchNormConfig(LayerNormConfig):
     running_var_init: NonNegativeFloat  # what evaluation divides by before the first batch
 
 
+def _pixels(value: Any) -> Any:
+    sides = value if isinstance(value, list) and len(value) == 2 else [value]
+    if not all(type(side) is int and side > 0 for side in sides):
+        raise ValueError("must be a positive number of pixels, or two: [height, width]")
+    return value
+
+
+def _grey_or_colour(value: Any) -> Any:
+    each = value if isinstance(value, list) and len(value) == 2 else [value]
+    if not all(type(count) is int and count in (1, 3) for count in each):
+        raise ValueError("must be 1 (grey) or 3 (colour), or two of these: [of A, of B]")
+    return value
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value[0], value[1]) if isinstance(value, list) else (value, value)
+
+
+Pixels = Annotated[Any, AfterValidator(_pixels)]
+
+
 class DataConfig(Section):
     name: str
-    image_size: PositiveInt
-    channels: Literal[1, 3]  # grey or colour
+    image_size: Pixels
+    channels: Annotated[Any, AfterValidator(_grey_or_colour)]
     batch_size: PositiveInt
     num_workers: NonNegativeInt
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images that are trained on."""
-        return self.image_size, self.image_size
+        return _pair(self.image_size)
 
     @property
     def channel_pair(self) -> tuple[int, int]:
         """Channels of domain A and of domain B."""
-        return self.channels, self.channels
+        return _pair(self.channels)
 
 
 class DigitsConfig(DataConfig):
@@ -146,8 +167,30 @@ class DigitsConfig(DataConfig):
 
 class FolderConfig(DataConfig):
     root: str
-    load_size: PositiveInt  # resized to this, then cropped to image_size at random
+    # What older runs, which have no such key, did stands as its default here and below.
+    preprocess: Literal[
+        "resize_and_crop", "scale_width_and_crop", "scale_shortside_and_crop", "crop", "none"
+    ] = "resize_and_crop"
+    load_size: Pixels  # what preprocess resizes or scales to, before the crop to image_size
     flip: bool
+    on_bad: Literal["fail", "skip"] = "fail"  # images that cannot be used
+    cache: str = (
+        "~/.cache/gannorm"  # folder of what is known of the files, and of their resized pixels
+    )
+    cache_gb: NonNegativeFloat = 0.0  # of pixels, at most; more are decoded again each time
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Height and width that load_size means; one number is the shorter side's."""
+        if isinstance(self.load_size, list):
+            return _pair(self.load_size)
+        height, width = self.size
+        short = min(height, width)
+        return round(self.load_size * height / short), round(self.load_size * width / short)
+
+
+class ImageFolderConfig(FolderConfig):
+    labels: bool = True  # the folders are classes
 
 
 class TorchvisionConfig(DataConfig):
@@ -170,7 +213,11 @@ class OptimConfig(Section):
     beta1: Beta
     beta2: Beta
     d_steps: PositiveInt  # discriminator steps per generator step
-    decay_from: Share  # fraction of the run after which lr falls linearly to 0
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # how the rates fall
+    decay_from: Share  # fraction of the run after which they do, to 0 at its end
+    restart: bool = (
+        False  # resumed with other steps, the run begins its schedule anew, and rates may rise
+    )
     clip_norm: PositiveFloat | None  # largest gradient norm per network
     ema_decay: Share
     ema_start: NonNegativeInt  # until this step the average is a copy
@@ -197,9 +244,18 @@ class MetricsConfig(Section):
     cache: str  # folder of the trained extractors and the real images' features
 
 
+class InitConfig(Section):
+    path: str | None  # a checkpoint, a run folder, safetensors, or files of the reference CycleGAN
+    use: Literal["averaged", "trained"]  # of the generators, where the file has both
+    strict: bool  # refuse keys that do not fit; false: they keep their fresh weights
+
+
 class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     resume: str | None
+    init_from: InitConfig = InitConfig(
+        path=None, use="averaged", strict=True
+    )  # older runs have none
     model: ModelConfig
     norm: NormConfig
     data: DataConfig

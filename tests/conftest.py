@@ -40,7 +40,7 @@ def the_interpreter_as_a_gpu_rounds():
 
 LONG = (
     "launch", "loop", "gpu_command", "cpu", "ops", "compile", "train", "benchmarks", "examples",
-    "faults", "task_figures", "inference", "inspection", "norm_study",
+    "faults", "task_figures", "inference", "inspection", "norm_study", "weights", "export_command",
 )  # fmt: skip
 
 

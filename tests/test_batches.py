@@ -1,5 +1,6 @@
 """Every data set's images, labels and held-out part; the stream of batches; refusals by name."""
 
+import os
 import pickle
 import random
 
@@ -13,7 +14,7 @@ from torch.nn.functional import interpolate
 
 from gannorm.data import batches, build_data, fetch_all
 from gannorm.errors import RequestError
-from gannorm.schema import FolderConfig
+from gannorm.schema import ImageFolderConfig
 
 SIZE = 16
 
@@ -28,7 +29,8 @@ def digits(name: str = "digits", size: int = SIZE, channels: int = 3):
 
 def folder(name, root, size=8, load_size=12, channels=3, flip=True):
     return build_data(
-        FolderConfig(
+        ImageFolderConfig(
+            cache=os.environ["GANNORM_CACHE"],
             name=name,
             image_size=size,
             channels=channels,
@@ -329,6 +331,7 @@ def test_image_folder_numbers_classes_by_name(tmp_path):
     fill(tmp_path, {"stray.png": KINDS["rgb.png"]})
     data = folder("image_folder", tmp_path)
     assert data.num_classes == 2 and fetch_all(data.test[0])["label"].tolist() == [0, 1, 1]
+    assert data.class_names == ["ape", "zebra"]
     batch = data.domains[0].fetch([2, 0], generator())
     assert batch["label"].tolist() == [1, 0] and batch["label"].dtype == torch.int64
 
@@ -365,8 +368,10 @@ def test_missing_and_empty_folders_are_refused_by_name(tmp_path):
 def test_damaged_file_is_refused_by_name(tmp_path, workers):
     fill(tmp_path / "a")
     broken = tmp_path / "a" / "broken.png"
-    broken.write_bytes((tmp_path / "a" / "rgb.png").read_bytes()[:200])
+    whole = (tmp_path / "a" / "rgb.png").read_bytes()
+    broken.write_bytes(whole)
     data = folder("image_folder", tmp_path)
+    broken.write_bytes(whole[:200])  # behind the check
     message = refusal(lambda: stream(data.domains, 0, 4, workers=workers))
     assert str(broken) in message
     assert str(broken) in refusal(lambda: fetch_all(data.test[0]))

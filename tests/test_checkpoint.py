@@ -169,9 +169,10 @@ def test_generators_go_on_where_they_stopped(tmp_path):
 
 CONFIG = {
     "seed": 0, "resume": None,
-    "model": {"name": "cyclegan", "width": 16}, "norm": {"name": "instance", "backend": "auto"},
+    "model": {"name": "cyclegan", "width": 16},
+    "norm": {"name": "instance", "backend": "auto", "eps": 1e-5},
     "data": {"name": "digits_m", "batch_size": 8, "num_workers": 0, "root": "a", "download": True},
-    "optim": {"lr_g": 1e-3, "clip_norm": None}, "trainer": {"steps": 10, "precision": "fp32"},
+    "optim": {"lr_g": 1e-3, "beta1": 0.5}, "trainer": {"steps": 10, "precision": "fp32"},
 }  # fmt: skip
 
 
@@ -190,26 +191,29 @@ def changed(**changes):
 def test_what_may_differ(tmp_path):
     now = changed(
         resume="auto", trainer={"steps": 99, "new": 1}, norm__backend="torch", data__root="b",
-        data__num_workers=4, data__download=False,
+        data__num_workers=4, data__download=False, optim__lr_g=1e-5,
     )  # fmt: skip
-    checkpoint.check_same(CONFIG, now, tmp_path)
-    checkpoint.check_same(CONFIG, changed(), tmp_path)
+    changes = checkpoint.check_same(CONFIG, now, tmp_path)
+    assert any(line.startswith("optim.lr_g: ") and line.endswith(" -> 1e-05") for line in changes)
+    assert not any(line.startswith("resume") for line in changes)
+    assert checkpoint.check_same(CONFIG, changed(), tmp_path) == []
+    assert checkpoint.check_same(CONFIG, changed(optim__newer=1), tmp_path) == []
 
 
 def test_every_other_difference_is_named(tmp_path):
-    now = changed(seed=1, model__width=32, optim__clip_norm=1.0, data__batch_size=4, norm__eps=1e-3)
+    now = changed(seed=1, model__width=32, optim__beta1=0.9, data__batch_size=4, norm__eps=1e-3)
     with pytest.raises(RequestError) as info:
         checkpoint.check_same(CONFIG, now, tmp_path / "x.pt")
     message = str(info.value)
     for part in (
         "x.pt", "seed=1 (the run: 0)", "model.width=32 (the run: 16)", "data.batch_size=4",
-        "optim.clip_norm=1.0 (the run: None)", "norm.eps=0.001", "overrides",
+        "optim.beta1=0.9 (the run: 0.5)", "norm.eps=0.001", "overrides",
     ):  # fmt: skip
         assert part in message
     assert "lr_g" not in message and "trainer" not in message and "\n" not in message
     gone = changed()
-    del gone["optim"]["lr_g"]
-    with pytest.raises(RequestError, match=r"optim\.lr_g"):
+    del gone["optim"]["beta1"]
+    with pytest.raises(RequestError, match=r"optim\.beta1"):
         checkpoint.check_same(CONFIG, gone, tmp_path)
 
 
@@ -218,5 +222,5 @@ def test_free_keys_free_nothing_else(tmp_path, key):
     section, _, name = key.partition(".")
     with pytest.raises(RequestError, match=key):
         checkpoint.check_same(
-            CONFIG, changed(**{f"{section}__{name}" if name else section: 1}), tmp_path
+            changed(**{f"{section}__{name}" if name else section: 1}), CONFIG, tmp_path
         )

@@ -141,7 +141,8 @@ def _spill(kernel) -> dict[str, int]:
 
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
-        pattern = r"\.(vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size): +(\d+)"
+        # Spilled scalars lie in lanes of vector registers, while the private segment is empty.
+        pattern = r"\.(vgpr_spill_count|private_segment_fixed_size): +(\d+)"
     else:
         path = Path(os.environ["TRITON_CACHE_DIR"], "kernel.cubin")
         path.write_bytes(kernel.asm["cubin"])

@@ -359,7 +359,10 @@ def test_compiled_once_for_each_source_and_compiler(library, monkeypatch, tmp_pa
     assert build.compiled_path(COMPILER) != library
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "text"])
+@pytest.mark.parametrize(
+    "damage",
+    ["flipped", *(pytest.param(d, marks=pytest.mark.slow) for d in ("truncated", "empty", "text"))],
+)
 def test_a_damaged_library_is_compiled_anew(damage, library, tmp_path):
     whole = library.read_bytes()
     flipped = bytearray(whole)

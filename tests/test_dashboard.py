@@ -19,10 +19,12 @@ from gannorm.metrics import features
 from gannorm.metrics.evaluation import Evaluation
 from gannorm.metrics.figures import FIGURES
 from gannorm.metrics.observations import Observations
+from gannorm.tasks.class_conditional_evaluator import ClassConditionalEvaluator
 from gannorm.training.dashboard import (
     FIRST,
     HPARAMS,
     Dashboard,
+    class_table,
     confusion,
     environment,
     layout,
@@ -225,6 +227,41 @@ def test_confusion_counts_by_the_class_asked_for():
     # Without room for numbers there are none.
     many = confusion(seen, 100)
     assert not many.axes[0].texts
+
+
+def test_classes_have_their_names_on_the_axes(tmp_path):
+    asked = torch.arange(3)
+    seen = Observations(torch.zeros(3, 1), torch.zeros(3, 3), asked, asked)
+    names = ["cat", r"$\no$ formula", "a name that is too long for an axis"]
+    figure = confusion(seen, 3, names)
+    figure.savefig(tmp_path / "drawn.png")  # where a formula would fail
+    axes = figure.axes[0]
+    for axis in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [text.get_text() for text in axis] == [
+            "cat", r"\$\no\$ formula", "a name that is …",
+        ]  # fmt: skip
+    plain = confusion(seen, 3).axes[0]
+    assert [text.get_text() for text in plain.get_yticklabels()] == ["0", "1", "2"]
+    # Where there is no room for every name, every fifth stands at its own place.
+    many = confusion(seen, 100, [f"c{k}" for k in range(100)]).axes[0]
+    found = {int(t.get_position()[0]): t.get_text() for t in many.get_xticklabels()}
+    assert found == {k: f"c{k}" for k in range(0, 100, 5)}
+    assert class_table(["a", "b|c"]).splitlines()[2:] == ["| 0 | a |", r"| 1 | b\|c |"]
+
+
+def test_names_stand_beside_the_rows_that_are_classes():
+    class Named:
+        class_names, num_classes = [f"class {k}" for k in range(12)], 12
+
+    evaluator = object.__new__(ClassConditionalEvaluator)
+    evaluator.task = Named()
+    ten = Named.class_names[:10]
+    for picture in ("samples/class_by_noise", "interpolation/each_class_to_the_next"):
+        assert evaluator.captions(picture) == (ten, ())
+    name = "neighbours/samples_above_nearest_training_images"
+    assert evaluator.captions(name) == ((), ten)
+    evaluator.task.class_names = [str(k) for k in range(12)]  # which the order says itself
+    assert evaluator.captions("samples/class_by_noise") == ([], ())
 
 
 def test_a_run_without_references_shows_what_it_can(tmp_path):

@@ -1,12 +1,14 @@
 """The same content, the same word; any other content, another."""
 
+import os
+
 import torch
 from digit_data import digit_data
 from PIL import Image
 
 from gannorm.data import Data, build_data
 from gannorm.data.digest import digest
-from gannorm.schema import FolderConfig
+from gannorm.schema import ImageFolderConfig
 
 
 def test_digest(tmp_path):
@@ -45,7 +47,8 @@ def test_embedded_data():
 
 def folder(root, flip=True, size=8, name="image_folder"):
     return build_data(
-        FolderConfig(
+        ImageFolderConfig(
+            cache=os.environ["GANNORM_CACHE"],
             name=name,
             image_size=size,
             channels=3,

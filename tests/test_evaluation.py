@@ -13,6 +13,7 @@ from gannorm.data.digits import _Tensors
 from gannorm.metrics import evaluation
 from gannorm.metrics.distances import fid
 from gannorm.metrics.evaluation import ReferenceSet, build_references, evenly
+from gannorm.metrics.features import FEATURES, Turns, shrunk
 from gannorm.metrics.observations import Observations
 from gannorm.schema import DigitsConfig, MetricsConfig
 
@@ -113,10 +114,27 @@ def test_without_held_out_images_the_training_ones_are_split(data, reference):
     assert halves.protocol()["floor"] == "718 every other training image"
 
 
-def test_unlabelled_images_have_no_embedded_figures(data):
+def test_unlabelled_images_are_judged_by_quarter_turns(data):
     data = digit_data()
     data.num_classes = None
-    assert build_references(config(), data, CPU) == []
+    (reference,) = build_references(config(), data, CPU)
+    assert "quarter turns" in reference.protocol()["extractor"]
+    real = reference.compare(reference.held_out)
+    assert not {"accuracy", "inception_score", "class_fid"} & real.keys()
+    turned = reference.compare(reference.observe(data.test[0].images.rot90(1, (2, 3))))
+    noise = reference.compare(reference.observe(torch.rand_like(data.test[0].images) * 2 - 1))
+    assert 3 * real["fid"] < min(turned["fid"], noise["fid"])
+    (again,) = build_references(config(), data, CPU)
+    assert torch.equal(again.real.features, reference.real.features)
+
+
+@pytest.mark.parametrize("size", [(40, 40), (130, 64), (70, 150)])
+def test_images_are_shrunk_for_quarter_turns(size):
+    small = shrunk(torch.rand(2, 3, *size))
+    assert min(small.shape[-2:]) == min(64, *size)
+    assert abs(small.shape[-2] / small.shape[-1] - size[0] / size[1]) < 0.03
+    features, turns = Turns(3)(torch.rand(2, 3, *size))
+    assert features.shape == (2, FEATURES) and turns.shape == (2, 4)
 
 
 def test_what_was_seen_is_kept_by_content(data, reference, monkeypatch, tmp_path):
@@ -148,7 +166,7 @@ def test_inception_beside_a_reader(data, monkeypatch):
     """Distances by the one, classes by the other."""
 
     class Stand(torch.nn.Module):
-        protocol = "a stand-in"
+        protocol, names_kinds = "a stand-in", True
 
         def __init__(self, weights):
             super().__init__()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +29,7 @@ def test_torchvision_resnet():
     assert 0 < float(worst) < 1e-4
 
 
+@pytest.mark.slow
 def test_own_folder(tmp_path: Path):
     """The folders that it draws; one's own are the same by another name."""
     out = tmp_path / "run"

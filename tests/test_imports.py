@@ -13,7 +13,7 @@ from gannorm.errors import answering_requests
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = {
     "PIL", "antlr4", "hydra", "matplotlib", "omegaconf", "pydantic", "sklearn", "tensorboard",
-    "threadpoolctl", "torchmetrics", "torchvision", "tqdm", "yaml",
+    "safetensors", "threadpoolctl", "torchmetrics", "torchvision", "tqdm", "yaml",
 }  # fmt: skip
 NORM_TESTS = (
     "autograd", "batch_norm", "checks", "compile", "convert", "functional", "inputs",

@@ -199,6 +199,21 @@ def test_tiles_are_where_the_monitor_draws_them(trained: Path, tmp_path: Path):
         Sheet(found, 4)
 
 
+def test_tiles_beside_the_names_of_classes(trained: Path, tmp_path: Path):
+    found = read(trained)[0]["cyclegan-instance-16"][0]
+    monitor = Monitor(tmp_path, 0)
+    monitor.captions = lambda name: (["cat", "a very long name"], ())
+    greys = torch.linspace(-1, 1, 6).view(6, 1, 1, 1).expand(6, 3, 8, 8)
+    monitor.images(0, {"class_by_noise": (greys, 3)})
+    monitor.close()
+    found.folder, found.config["data"] = tmp_path, {**found.config["data"], "name": "image_folder"}
+    sheet = Sheet(found, 3)
+    assert sheet.rows == 2 and sheet.left > 50
+    for row, column in ((0, 0), (1, 2)):
+        tile = np.asarray(sheet(row, column))
+        assert tile.min() == tile.max() == pytest.approx(255 * (3 * row + column) / 5, abs=1)
+
+
 def test_many_seeds_are_told_apart_by_a_test():
     few, many = (Spread(tuple(map(float, range(n)))) for n in (3, 8))
     shifted = Spread(tuple(x + 5.5 for x in many.values))

@@ -83,7 +83,7 @@ def cifar10(tmp_path, monkeypatch):
     for k, (name, _) in enumerate(datasets.CIFAR10.train_list + datasets.CIFAR10.test_list):
         part = PIXELS[2 * k : 2 * k + 2].transpose(0, 3, 1, 2).reshape(2, -1)
         lists.append(write(name, {"data": part, "labels": LABELS[2 * k : 2 * k + 2]}))
-    meta = write("batches.meta", {"label_names": [str(i) for i in range(10)]})
+    meta = write("batches.meta", {"label_names": list("abcdefghij")})
     monkeypatch.setattr(datasets.CIFAR10, "train_list", lists[:5])
     monkeypatch.setattr(datasets.CIFAR10, "test_list", lists[5:])
     changed = {**datasets.CIFAR10.meta, "md5": meta[1]}
@@ -97,6 +97,7 @@ def test_cifar10(cifar10):
     train, test = check_images(data.domains[0], 32, 3, 10), check_images(data.test[0], 32, 3, 2)
     torch.testing.assert_close(torch.cat([train["image"], test["image"]]), expected)
     assert train["label"].tolist() + test["label"].tolist() == LABELS and data.num_classes == 10
+    assert data.class_names == list("abcdefghij")
     small = fetch_all(torchvision("cifar10", cifar10, 16, 3).test[0])["image"]
     assert levels_off(small, resized(PIXELS[10:], 16)) <= 2
     grey = fetch_all(torchvision("cifar10", cifar10, 32, 1).test[0])["image"]
@@ -139,6 +140,7 @@ def test_mnist(mnist):
     expected = torch.from_numpy(PIXELS[:, :28, :28, 0].copy())[:, None] / 127.5 - 1
     torch.testing.assert_close(torch.cat([train["image"], test["image"]]), expected)
     assert train["label"].tolist() + test["label"].tolist() == LABELS and data.num_classes == 10
+    assert data.class_names == [str(k) for k in range(10)]
     larger = fetch_all(torchvision("mnist", mnist, 32, 3).test[0])["image"]
     assert larger.shape == (4, 3, 32, 32) and (larger == larger[:, :1]).all()
     assert levels_off(larger[:, :1], resized(PIXELS[8:, :28, :28, 0], 32)) <= 2

@@ -1,31 +1,35 @@
 """`python -m gannorm inspect`: the norm table of a checkpoint, or of what a config would train."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
+from gannorm.commands.composition import composed
 from gannorm.commands.trained import load_task
-from gannorm.config import explain_composition, typed
+from gannorm.config import typed
 from gannorm.data import DATA, build_data
 from gannorm.diagnostics.norm_layers import AVERAGED, gaps, render, table
 from gannorm.errors import RequestError
-from gannorm.study import members
 from gannorm.tasks import TASKS, ClassConditional, Task, build_task
+from gannorm.training import weights
 from gannorm.training.request import check_pair
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+EXAMPLE = """examples:
+  python -m gannorm inspect outputs/RUN
+  python -m gannorm inspect model=resblock_gan norm=batch data.batch_size=4
+"""
 
 
 def add(commands: Any) -> None:
-    three = commands.add_parser("inspect", help="print every norm layer and what is wrong with it")
+    three = commands.add_parser(
+        "inspect", help="print every norm layer and what is wrong with it",
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLE,
+    )  # fmt: skip
     three.add_argument(
         "what", nargs="*", metavar="CHECKPOINT | KEY=VALUE ...",
-        help="a checkpoint, or overrides of the config, as for train.py",
+        help="a checkpoint or another file of weights, or overrides of the config, as for train.py",
     )  # fmt: skip
     three.set_defaults(run=lambda a: inspect(a.what))
 
@@ -47,19 +51,22 @@ def inspect(what: list[str]) -> None:
         )
     if what and not overrides:
         task = load_task(Path(what[0]))
-        averaged = {f"{AVERAGED}{name}": net for name, net in task.averaged.items()}
+        averaged = {
+            f"{AVERAGED}{name}": net
+            for name, net in task.averaged.items()
+            if net is not task.generators.get(name)  # as of a file that has one of them
+        }
     else:
         task, averaged = _of_config(overrides), {}
     with gaps(averaged) as gap_of, torch.no_grad(), task.norm_backend():
         if averaged and isinstance(task, ClassConditional):
-            labels = torch.arange(task.cfg.data.batch_size, device=task.device)
-            noise = torch.randn(len(labels), task.model.z_dim, device=task.device)
-            task.averaged["G"](noise, labels % (task.num_classes or 1))
+            noise = task.noise(task.cfg.data.batch_size)
+            task.averaged["G"](noise, task.labels(len(noise)))
     rows = table({**task.networks, **averaged}, task.norm_inputs(), gap_of)
     cfg = task.cfg
-    size = cfg.data.image_size
+    height, width = cfg.data.size
     print(
-        f"{cfg.model.name}, norm {cfg.norm.name}, batch {cfg.data.batch_size} of {size}x{size}; "
+        f"{cfg.model.name}, norm {cfg.norm.name}, batch {cfg.data.batch_size} of {height}x{width}; "
         "values: per mean and variance"
     )
     print(render(rows) if rows else "no norm layers")
@@ -67,20 +74,12 @@ def inspect(what: list[str]) -> None:
 
 def _of_config(overrides: list[str]) -> Task:
     """An untrained task of the config files of the source tree."""
-    if not (CONF / "config.yaml").is_file():
-        raise RequestError(f"there are no config files in {CONF}; run this in the source tree")
-    cfg = typed(_composed(overrides))
+    cfg = typed(composed(overrides))
     check_pair(cfg)
     classes = DATA[cfg.data.name].num_classes  # without a download, where it is known
-    if TASKS[cfg.model.name].task.needs_labels and classes is None:
+    if TASKS[cfg.model.name].task.takes_labels and classes is None:
         classes = build_data(cfg.data).num_classes
-    return build_task(cfg, torch.device("cpu"), classes)
-
-
-def _composed(overrides: list[str]) -> DictConfig:
-    members.register()
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("config", overrides)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise RequestError(explain_composition(error, CONF)) from error
+    task = build_task(cfg, torch.device("cpu"), classes)
+    if cfg.init_from.path:
+        weights.start(task, cfg.init_from)
+    return task

@@ -1,6 +1,7 @@
 """`python train.py`: from a command line, through Hydra, to a run."""
 
 import os
+import sys
 import traceback
 from pathlib import Path
 
@@ -10,13 +11,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gannorm.commands.composition import CONF, spelled_out
 from gannorm.config import explain_composition
 from gannorm.errors import RequestError, answering_requests
 from gannorm.study.members import register
 from gannorm.training.loop import train
 from gannorm.training.request import run_folder
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -32,6 +32,7 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors of the composition come here
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
     register()
+    sys.argv[1:] = spelled_out(sys.argv[1:])
     with answering_requests():
         try:
             _main()

@@ -13,7 +13,13 @@ from gannorm.data.digits import digits, digits_m
 from gannorm.data.folders import folder_pair, image_folder
 from gannorm.data.source import Batch, Data, Source
 from gannorm.data.torchvision_sets import torchvision_set
-from gannorm.schema import DataConfig, DigitsConfig, FolderConfig, TorchvisionConfig
+from gannorm.schema import (
+    DataConfig,
+    DigitsConfig,
+    FolderConfig,
+    ImageFolderConfig,
+    TorchvisionConfig,
+)
 
 __all__ = ["DATA", "Batch", "Data", "DataSet", "Source", "batches", "build_data", "fetch_all"]
 
@@ -39,7 +45,7 @@ DATA: dict[str, DataSet] = {
     "digits": DataSet(DigitsConfig, digits, ("resblock_gan",), 10),
     "digits_m": DataSet(DigitsConfig, digits_m, ("cyclegan",), 10),
     "folder_pair": DataSet(FolderConfig, folder_pair, ("cyclegan",)),
-    "image_folder": DataSet(FolderConfig, image_folder, ("resblock_gan",)),
+    "image_folder": DataSet(ImageFolderConfig, image_folder, ("resblock_gan",)),
     "cifar10": DataSet(TorchvisionConfig, torchvision_set, ("resblock_gan",), 10),
     "mnist": DataSet(TorchvisionConfig, torchvision_set, ("resblock_gan",), 10),
 }

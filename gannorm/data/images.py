@@ -1,6 +1,8 @@
 """Reading image files of any kind into float tensors in [-1, 1]."""
 
+import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -9,21 +11,35 @@ from torch import Tensor
 
 from gannorm.errors import RequestError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".ppm", ".pgm", ".gif")
+EXTENSIONS = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".ppm", ".pgm",
+    ".gif",
+)  # fmt: skip
 
 
 def list_images(folder: Path) -> list[Path]:
-    """All image files below `folder`, sorted by name.
+    """All image files below `folder`, sorted by name; links are followed, hidden names left out.
 
     Raises:
         RequestError: no such folder, or no image in it.
     """
     if not folder.is_dir():
         raise RequestError(f"there is no folder {folder}")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    paths, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        # A link back up would lead round in a circle.
+        folders[:] = [] if real in seen else [n for n in folders if not n.startswith(".")]
+        names = [] if real in seen else names
+        seen.add(real)
+        paths += [
+            path
+            for path in (Path(parent, name) for name in names if not name.startswith("."))
+            if path.suffix.lower() in EXTENSIONS and (path.is_file() or path.is_symlink())
+        ]
     if not paths:
         raise RequestError(f"no images in {folder} (looked for {', '.join(EXTENSIONS)})")
-    return paths
+    return sorted(paths)
 
 
 def open_image(path: Path, channels: int) -> Image.Image:
@@ -35,12 +51,19 @@ def open_image(path: Path, channels: int) -> Image.Image:
     try:
         # A stream, not the name: Pillow maps files that it opens by name into memory, and
         # scrambles uncompressed TIFFs whose orientation swaps width and height.
-        with path.open("rb") as stream, Image.open(stream) as file:
-            kind = file.format
-            image = ImageOps.exif_transpose(file)
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RequestError(f"cannot read the image {path}: {error}") from error
+        with path.open("rb") as stream:
+            return read_image(stream, channels)
+    except Exception as error:  # a damaged file leads Pillow's readers to errors of any kind
+        reason = str(error).replace("\n", " ") or type(error).__name__
+        raise RequestError(f"cannot read the image {path}: {reason}") from error
+
+
+def read_image(stream: BinaryIO, channels: int) -> Image.Image:
+    """As `open_image`, which answers for the errors."""
+    with Image.open(stream) as file:
+        kind = file.format
+        image = ImageOps.exif_transpose(file)
+        image.load()
     if image.mode.startswith(("I", "F")):  # Pillow's own conversion clips these at 255
         values = np.asarray(image, dtype=np.float64)
         # 16-bit files span 0..65535; 32-bit and float ones have no fixed white, take theirs.

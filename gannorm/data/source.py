@@ -1,6 +1,6 @@
 """What training data is made of."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -23,17 +23,21 @@ class Source(Protocol):
 
 @dataclass
 class Data:
-    """A data set: images float32 (N, C, S, S) in [-1, 1].
+    """A data set: images float32 (N, C, H, W) in [-1, 1].
 
-    domains: the training sources; one with keys "image" and "label" (class-conditional models),
-        or two with key "image" (translation: A, then B).
+    domains: the training sources; one with keys "image" and, where there are labels, "label"
+        (ResBlock GANs), or two with key "image" (translation: A, then B).
     test: the held-out part, the same keys, never augmented; for `digits_m` both domains carry
         labels, and B[i] is the true translation of A[i]. Where nothing is held out, `real`'s.
     real: the training images without augmentation, which samples are measured against.
+    skipped: files that could not be used, each with the reason.
+    class_names: in the order of the labels; where there are none, people see the numbers.
     """
 
     domains: list[Source]
     test: list[Source]
     real: list[Source]
     num_classes: int | None = None
+    skipped: list[str] = field(default_factory=list)
     counterparts: bool = False  # test B[i] is the true translation of test A[i]
+    class_names: list[str] | None = None

@@ -35,7 +35,8 @@ class _Pixels:
         return digest(self.images, self.labels, self.flip)
 
 
-def _load(cfg: TorchvisionConfig, train: bool) -> tuple[Tensor, Tensor]:
+def _load(cfg: TorchvisionConfig, train: bool) -> tuple[Tensor, Tensor, list[str]]:
+    """Images, labels, the names of the classes."""
     root = Path(cfg.root).expanduser()
     try:
         split = SETS[cfg.name](root, train=train, download=cfg.download)
@@ -48,19 +49,21 @@ def _load(cfg: TorchvisionConfig, train: bool) -> tuple[Tensor, Tensor]:
         ) from error
     images = torch.as_tensor(split.data)
     images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images.unsqueeze(1)
-    if cfg.channels != images.shape[1]:
-        images = images.float().mean(1, keepdim=True).expand(-1, cfg.channels, -1, -1).byte()
-    if cfg.image_size != images.shape[-1]:
-        size = (cfg.image_size, cfg.image_size)
-        images = interpolate(images.float(), size, mode="bilinear", antialias=True)
+    channels = cfg.channel_pair[0]
+    if channels != images.shape[1]:
+        images = images.float().mean(1, keepdim=True).expand(-1, channels, -1, -1).byte()
+    if cfg.size != images.shape[-2:]:
+        images = interpolate(images.float(), cfg.size, mode="bilinear", antialias=True)
         images = images.round().byte()
-    return images.contiguous(), torch.as_tensor(split.targets).long()
+    names = [name.partition(" - ")[0] for name in split.classes]  # MNIST's: "0 - zero"
+    return images.contiguous(), torch.as_tensor(split.targets).long(), names
 
 
 def torchvision_set(cfg: TorchvisionConfig) -> Data:
     """Class-conditional: the training split, and the test split held out."""
-    train, test = _load(cfg, True), _load(cfg, False)
+    images, labels, names = _load(cfg, True)
+    held_out = _load(cfg, False)[:2]
     return Data(
-        [_Pixels(*train, flip=cfg.flip)], [_Pixels(*test, flip=False)],
-        [_Pixels(*train, flip=False)], num_classes=10,
+        [_Pixels(images, labels, flip=cfg.flip)], [_Pixels(*held_out, flip=False)],
+        [_Pixels(images, labels, flip=False)], num_classes=10, class_names=names,
     )  # fmt: skip

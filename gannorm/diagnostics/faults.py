@@ -61,7 +61,7 @@ def checkerboard(images: Tensor) -> float:
 
 def polarity(images: Tensor, like: Tensor) -> float:
     """Mean correlation of brightness between each image and its `like`, in [-1, 1]."""
-    pairs = torch.stack([images.float(), like.float()]).mean(2).flatten(2)  # (2, N, S*S)
+    pairs = torch.stack([x.float().mean(1) for x in (images, like)]).flatten(2)  # (2, N, H*W)
     centred = nn.functional.normalize(pairs - pairs.mean(2, keepdim=True), dim=2)
     return float((centred[0] * centred[1]).sum(1).mean())
 

@@ -41,9 +41,15 @@ def unmeasured(cfg: Config, data: Data, measures: Collection[str]) -> str | None
         RequestError: `metrics.patience` waits for it.
     """
     labelled = data.num_classes is not None
-    enough = cfg.metrics.samples is None or cfg.metrics.samples > NEIGHBOURS
+    held_out = [
+        (len(test) // 2 if test is real else len(test))
+        for test, real in zip(data.test, data.real, strict=True)
+    ]
+    count = min([*held_out, cfg.metrics.samples or max(held_out, default=NEIGHBOURS + 1)])
+    enough = count > NEIGHBOURS
     has = {
-        "features": enough and (labelled or cfg.metrics.extractor == "inception"),
+        "features": enough,
+        "kinds": enough and (labelled or cfg.metrics.extractor == "inception"),
         "labels": labelled,
         "classes": labelled,
         "cycle": True,
@@ -57,12 +63,9 @@ def unmeasured(cfg: Config, data: Data, measures: Collection[str]) -> str | None
         f"metrics.best={figure} is not measured with model={cfg.model.name} on data={cfg.data.name}"
     )
     if not enough:
-        reason += f": metrics.samples={cfg.metrics.samples} must be more than {NEIGHBOURS}"
-    elif not labelled and cfg.metrics.extractor == "embedded":
-        reason += (
-            ": metrics.extractor=embedded, a classifier, needs labels, "
-            "metrics.extractor=inception does not"
-        )
+        reason += f": {count} images (held out, or metrics.samples) must be more than {NEIGHBOURS}"
+    elif not labelled:
+        reason += ", which has no labels"
     if patience is not None:
         raise RequestError(
             f"{reason}; metrics.patience={patience} has nothing to wait for, choose another "

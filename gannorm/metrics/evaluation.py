@@ -57,7 +57,8 @@ class ReferenceSet:
         if self.reader is not None:
             own = logits if self.reader is self.extractor else self.reader(images)[1]
             predicted = own.argmax(1)
-        return Observations(features, logits, predicted, labels)
+        kinds = logits if self.extractor.names_kinds else None
+        return Observations(features, kinds, predicted, labels)
 
     def _observed(self, source: Source, cache: Path) -> Observations:
         networks = [net.identity() for net in (self.extractor, self.reader) if net is not None]
@@ -136,7 +137,7 @@ class Evaluation:
 
 
 def build_references(cfg: MetricsConfig, data: Data, device: torch.device) -> list[ReferenceSet]:
-    """One for each domain of `data`; none where `embedded` has no labels to be trained on.
+    """One for each domain of `data`.
 
     Raises:
         RequestError: weights that are not there.
@@ -148,9 +149,7 @@ def build_references(cfg: MetricsConfig, data: Data, device: torch.device) -> li
         reader = None
         if data.num_classes is not None:
             reader = embedded(domain, data.num_classes, device, cache)
-        extractor = inception or reader
-        if extractor is None:
-            return []
+        extractor = inception or reader or embedded(real, None, device, cache)
         references.append(
             ReferenceSet(real, held_out, extractor, reader, device, cache, cfg.samples)
         )

@@ -1,7 +1,8 @@
 """What samples are judged by: networks from images to features and logits, kept on disk.
 
 `embedded`: a small classifier trained on the real images themselves, in seconds, without a
-download. `inception`: the Inception-v3 of FID and the Inception score.
+download; of their labels or, without labels, of quarter turns. `inception`: the Inception-v3 of FID
+and the Inception score.
 Either is an `Extractor`: images (N, C, S, S) in [-1, 1] to features (N, D) and logits (N, K).
 """
 
@@ -21,6 +22,7 @@ from gannorm.errors import RequestError
 
 STEPS, BATCH_SIZE, LEARNING_RATE = 250, 64, 2e-3
 FEATURES = 64
+SHRUNK, SEEN = 64, 2048  # pixels of the shorter side, images: what turns are learned of
 SEED = 0  # of the embedded extractor, whatever the run's: its figures compare runs
 
 
@@ -28,6 +30,7 @@ class Extractor(nn.Module):
     """Images (N, C, S, S) in [-1, 1] -> features (N, D), logits (N, K)."""
 
     protocol: str  # the network and what becomes of an image before it
+    names_kinds = True  # whether the logits are of kinds of images
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return super().__call__(images)
@@ -67,6 +70,35 @@ class Embedded(Extractor):
         pooled = maps.shape[-2:] == (4, 4)  # as of 32x32 images: a pool of single pixels
         features = (self.neck[1:] if pooled else self.neck)(maps)
         return features, self.head(features)
+
+
+class Turns(Embedded):
+    """`Embedded` without labels: it tells by how many quarter turns an image was turned.
+
+    What that takes it to see of shapes makes useful features (Gidaris et al., 2018).
+    """
+
+    names_kinds = False
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, 4)
+        self.protocol = (
+            f"embedded classifier of quarter turns, {FEATURES} features, images shrunk to {SHRUNK} "
+            "pixels"
+        )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(shrunk(images))
+
+
+def shrunk(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) whose shorter side has SHRUNK pixels, smaller ones as they are."""
+    height, width = images.shape[-2:]
+    scale = SHRUNK / min(height, width)
+    if scale >= 1:
+        return images
+    size = (round(height * scale), round(width * scale))
+    return nn.functional.interpolate(images, size, mode="area")
 
 
 class Inception(Extractor):
@@ -137,25 +169,64 @@ def train_embedded(
             # Shifts of up to 1/8 keep it from reading by position.
             reach = images.shape[-1] // 8
             shift = torch.randint(-reach, reach + 1, (2,)).tolist()
-            _, logits = net(images.roll(shift, (2, 3)))
-            loss = nn.functional.cross_entropy(logits, labels, label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            _step(net, images.roll(shift, (2, 3)), labels, optimizer)
             schedule.step()
     return net.eval().requires_grad_(False)
 
 
-def embedded(source: Source, num_classes: int, device: torch.device, cache: Path) -> Embedded:
-    """`train_embedded`, once for each content of `source` and each recipe: kept in `cache`."""
-    recipe = [inspect.getsource(part) for part in (Embedded, train_embedded)]
-    constants = (STEPS, BATCH_SIZE, LEARNING_RATE, FEATURES, SEED, num_classes)
+def train_turns(source: Source, device: torch.device, seed: int = SEED) -> Turns:
+    """As `train_embedded`, without labels: of the middle squares of SEEN images at most."""
+    count = min(len(source), SEEN)
+    index = torch.arange(count) * len(source) // count
+    parts = [
+        shrunk(source.fetch(each.tolist(), torch.Generator().manual_seed(int(each[0])))["image"])
+        for each in index.split(BATCH_SIZE)
+    ]
+    side = min(parts[0].shape[-2:])
+    top, left = ((length - side) // 2 for length in parts[0].shape[-2:])
+    seen = torch.cat(parts)[..., top : top + side, left : left + side].to(device)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = Turns(seen.shape[1]).to(device)
+        optimizer = torch.optim.AdamW(net.parameters(), LEARNING_RATE, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+        for _ in range(STEPS):
+            chosen = seen[torch.randint(len(seen), (BATCH_SIZE // 4,))]
+            turned = torch.cat([chosen.rot90(turns, (2, 3)) for turns in range(4)])
+            turns = torch.arange(4, device=device).repeat_interleave(len(chosen))
+            _step(net, turned, turns, optimizer)
+            schedule.step()
+    return net.eval().requires_grad_(False)
+
+
+def _step(net: Embedded, images: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    _, logits = net(images)
+    loss = nn.functional.cross_entropy(logits, labels, label_smoothing=0.05)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def embedded(
+    source: Source, num_classes: int | None, device: torch.device, cache: Path
+) -> Embedded:
+    """`train_embedded`, or without classes `train_turns`, once for each content of `source` and
+    each recipe: kept in `cache`."""
+    parts = (Embedded, train_embedded) if num_classes else (Embedded, Turns, shrunk, train_turns)
+    recipe = [inspect.getsource(part) for part in (*parts, _step)]
+    constants = (STEPS, BATCH_SIZE, LEARNING_RATE, FEATURES, SEED, SHRUNK, SEEN, num_classes)
     key = f"embedded-{digest(source.digest(), *recipe, *constants)}"
-    state = cached(
-        cache, key, lambda: train_embedded(source, num_classes, device).cpu().state_dict()
-    )
+
+    def make() -> dict[str, Tensor]:
+        trained = (
+            train_turns(source, device) if num_classes is None
+            else train_embedded(source, num_classes, device)
+        )  # fmt: skip
+        return trained.cpu().state_dict()
+
+    state = cached(cache, key, make)
     channels = state["stages.0.0.weight"].shape[1]
-    net = Embedded(channels, num_classes)
+    net = Turns(channels) if num_classes is None else Embedded(channels, num_classes)
     net.load_state_dict(state)
     return net.to(device).eval().requires_grad_(False)
 

@@ -16,7 +16,7 @@ from gannorm.metrics.features import Embedded
 from gannorm.metrics.observations import Observations
 from gannorm.metrics.similarity import SMALLEST, feature_distance, psnr, ssim
 
-Needs = Literal["features", "labels", "classes", "cycle", "counterparts"]
+Needs = Literal["features", "kinds", "labels", "classes", "cycle", "counterparts"]
 
 
 class Comparison:
@@ -49,7 +49,8 @@ class Figure:
 
     Attributes:
         of: of a `Comparison` a number, of `Pairs` the numbers (N,) that are averaged.
-        needs: "features": of enough images of both sides; "labels"; "classes": figures of each
+        needs: "features": of enough images of both sides; "kinds": and of an extractor that knows
+            kinds of images; "labels"; "classes": figures of each
             class, of which it is the mean; "cycle": pairs of an image and what a translation back
             makes of it; "counterparts": pairs of a translation and the true one.
         higher: whether more is better.
@@ -106,7 +107,7 @@ FIGURES: dict[str, Figure] = {
     "density": Figure(_neighbourhood("density"), "features", higher=True),
     "kid": Figure(_kid, "features", compared=True),
     "inception_score": Figure(
-        lambda sides: distances.inception_score(sides.generated.logits), "features", higher=True
+        lambda sides: distances.inception_score(sides.generated.logits), "kinds", higher=True
     ),
     "class_fid": Figure(_fid, "classes"),
     "psnr": Figure(_psnr, "counterparts", higher=True),
@@ -123,7 +124,9 @@ def of_sets(real: Observations, generated: Observations) -> dict[str, float]:
     neighbours, those on labels where there are labels."""
     enough = min(len(real), len(generated)) > distances.NEIGHBOURS
     labelled = generated.predicted is not None and generated.labels is not None
-    sides, has = Comparison(real, generated), {"features": enough, "labels": labelled}
+    kinds = enough and generated.logits is not None
+    sides = Comparison(real, generated)
+    has = {"features": enough, "kinds": kinds, "labels": labelled}
     return {name: figure.of(sides) for name, figure in FIGURES.items() if has.get(figure.needs)}
 
 

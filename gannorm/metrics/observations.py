@@ -12,7 +12,7 @@ class Observations:
     """Some images as the networks see them; None for what there is not."""
 
     features: Tensor  # (N, D)
-    logits: Tensor  # (N, K)
+    logits: Tensor | None = None  # (N, K), of kinds of images
     predicted: Tensor | None = None  # (N,), by a classifier of the domain
     labels: Tensor | None = None  # (N,)
 

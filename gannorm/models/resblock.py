@@ -72,7 +72,8 @@ class ResBlockGenerator(nn.Module):
     Args:
         widths: channels at 4x4, then behind each block; S = 4 * 2**(len(widths) - 1).
         block: "preact" or "postact".
-        num_classes: with an unconditional norm, the class enters as an embedding beside z.
+        num_classes: with an unconditional norm, the class enters as an embedding beside z. None:
+            there are no classes.
         spectral: spectral norm on every convolution and linear layer.
         init: "orthogonal" (BigGAN), "xavier" (SNGAN) or "normal" (N(0, 0.02)).
     """
@@ -81,7 +82,7 @@ class ResBlockGenerator(nn.Module):
         self,
         norm: NormFactory,
         *,
-        num_classes: int,
+        num_classes: int | None,
         z_dim: int = 128,
         widths: Sequence[int] = (256, 256, 256, 256),
         block: str = "preact",
@@ -91,8 +92,9 @@ class ResBlockGenerator(nn.Module):
     ) -> None:
         super().__init__()
         self.z_dim, self.num_classes = z_dim, num_classes
-        self.embedding = None if norm.conditional else nn.Embedding(num_classes, z_dim)
-        self.linear = nn.Linear(z_dim if norm.conditional else 2 * z_dim, widths[0] * 16)
+        embedded = num_classes is not None and not norm.conditional
+        self.embedding = nn.Embedding(num_classes or 0, z_dim) if embedded else None
+        self.linear = nn.Linear(2 * z_dim if embedded else z_dim, widths[0] * 16)
         pairs = zip(widths[:-1], widths[1:], strict=True)
         self.blocks = nn.ModuleList([BLOCKS[block](a, b, norm) for a, b in pairs])
         last = widths[-1]
@@ -103,7 +105,7 @@ class ResBlockGenerator(nn.Module):
         if spectral:
             add_spectral_norm(self)
 
-    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         if self.embedding is not None:
             z = torch.cat([z, self.embedding(labels)], 1)
         h = self.linear(z).unflatten(1, (-1, 4, 4))
@@ -136,6 +138,8 @@ class DiscriminatorBlock(nn.Module):
 class ProjectionDiscriminator(nn.Module):
     """Images (N, C, S, S) and labels (N,) to logits (N,): psi(phi(x)) + <embed(y), phi(x)>.
 
+    Without classes (num_classes None) the plain psi(phi(x)).
+
     Args:
         widths: channels behind each block. downsamplings: how many blocks, from the first, halve.
         spectral: spectral norm on every layer.
@@ -144,7 +148,7 @@ class ProjectionDiscriminator(nn.Module):
     def __init__(
         self,
         *,
-        num_classes: int,
+        num_classes: int | None,
         in_channels: int = 3,
         widths: Sequence[int] = (128, 128, 128, 128),
         downsamplings: int = 2,
@@ -160,16 +164,17 @@ class ProjectionDiscriminator(nn.Module):
             )
         )
         self.linear = nn.Linear(widths[-1], 1)
-        self.embedding = nn.Embedding(num_classes, widths[-1])
+        self.embedding = None if num_classes is None else nn.Embedding(num_classes, widths[-1])
         init_weights(self, init)
         if spectral:
             add_spectral_norm(self)
 
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         # There is no norm here to mind the layout, and convolutions are faster in this one.
         x = x.contiguous(memory_format=torch.channels_last)
         h = F.relu(self.blocks(x)).sum((2, 3))
-        return self.linear(h).squeeze(1) + (self.embedding(labels) * h).sum(1)
+        logits = self.linear(h).squeeze(1)
+        return logits if self.embedding is None else logits + (self.embedding(labels) * h).sum(1)
 
 
 def _layers(net: nn.Module) -> list[nn.Module]:

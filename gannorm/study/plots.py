@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from gannorm.study.runs import COLUMNS, Column, Run, Runs, label, spread
-from gannorm.training.monitor import SMALLEST_TILE
+from gannorm.training.captions import SMALLEST_TILE
 
 COLOURS = {
     "instance": "tab:blue", "batch": "tab:orange", "group": "tab:green", "layer": "tab:red",
@@ -102,13 +102,16 @@ class Sheet:
         self.tile = self.size * max(1, SMALLEST_TILE // self.size)
         self.image = Image.open(sorted((run.folder / "samples").glob("step_*.png"))[-1])
         self.grid = columns * (self.tile + PADDING) + PADDING
+        # Names of classes stand at the left, the grid at the right.
+        named = run.config["data"]["name"] == "image_folder" and self.image.width > self.grid
+        self.left = self.image.width - self.grid if named else 0
         self.rows = (self.image.height - PADDING) // (self.tile + PADDING)
-        if self.image.width not in (self.grid, 2 * self.grid + GAP):
+        if self.image.width - self.left not in (self.grid, 2 * self.grid + GAP):
             raise ValueError(f"{run.folder}: a sample picture of another layout")
 
     def __call__(self, row: int, column: int, grid: int = 0) -> Image.Image:
         x, y = (PADDING + k * (self.tile + PADDING) for k in (column, row))
-        x += grid * (self.grid + GAP)
+        x += self.left + grid * (self.grid + GAP)
         tile = self.image.crop((x, y, x + self.tile, y + self.tile)).convert("RGB")
         small = tile.resize((self.size, self.size), Image.Resampling.NEAREST)
         shown = self.size * max(1, TILE // self.size)

@@ -1,4 +1,4 @@
-"""The class-conditional ResBlock GAN (SNGAN-projection, Miyato and Koyama, 2018)."""
+"""The ResBlock GAN, by class (SNGAN-projection, Miyato and Koyama, 2018) or without classes."""
 
 from collections.abc import Sequence
 
@@ -8,31 +8,46 @@ from torch import Tensor
 from gannorm.data import Batch
 from gannorm.errors import RequestError
 from gannorm.models import ProjectionDiscriminator, ResBlockGenerator
-from gannorm.models.norm_factory import build_norm
+from gannorm.models.norm_factory import Norm, build_norm
 from gannorm.schema import Config, ResBlockGANConfig
 from gannorm.tasks.losses import LOSSES, generator_loss
 from gannorm.tasks.task import Networks, Task
+
+WITHOUT = "all"  # in the place of class names where there are no classes
 
 
 class ClassConditional(Task):
     """`optim.d_steps` steps of the discriminator, one of the generator."""
 
-    needs_labels = True
+    takes_labels = True
 
     def __init__(self, cfg: Config, device: torch.device, num_classes: int | None) -> None:
         assert isinstance(cfg.model, ResBlockGANConfig)
         self.model: ResBlockGANConfig = cfg.model
         self.batches_per_step = cfg.optim.d_steps
         super().__init__(cfg, device, num_classes)
+        if num_classes is None:
+            self.class_names = [WITHOUT]
+
+    @classmethod
+    def refusal(cls, norm: Norm, cfg: Config) -> str:
+        if norm.unconditional is not None and not getattr(cfg.data, "labels", True):
+            return "data.labels=false: the rows of its tables are chosen by class"
+        return ""
 
     def _build(self, spectral: bool = True) -> tuple[Networks, Networks]:
-        m, channels, classes = self.model, self.cfg.data.channels, self.num_classes or 0
-        size = 4 * 2 ** (len(m.g_widths) - 1)
-        if size != self.cfg.data.image_size:
+        m, data, classes = self.model, self.cfg.data, self.num_classes
+        size, channels = 4 * 2 ** (len(m.g_widths) - 1), data.channel_pair[0]
+        if data.size != (size, size):
             raise RequestError(
                 f"model.g_widths={m.g_widths} makes images of {size} pixels and "
-                f"data.image_size is {self.cfg.data.image_size}; the list needs one width for 4x4 "
+                f"data.image_size is {data.image_size}; the list needs one width for 4x4 "
                 "and one for each doubling"
+            )
+        if channels != data.channel_pair[1]:
+            raise RequestError(
+                f"data.channels={data.channels} are two domains', and model={self.cfg.model.name} "
+                "has one; set data.channels=1 or data.channels=3"
             )
         generator = ResBlockGenerator(
             build_norm(self.cfg.norm, classes), num_classes=classes, z_dim=m.z_dim,
@@ -48,24 +63,32 @@ class ClassConditional(Task):
 
     def _dry_run(self, generators: Networks, discriminators: Networks) -> None:
         n = self.cfg.data.batch_size
-        labels = torch.zeros(n, dtype=torch.int64)
+        labels = None if self.num_classes is None else torch.zeros(n, dtype=torch.int64)
         images = generators["G"](torch.empty(n, self.model.z_dim), labels)
         discriminators["D"](images, labels)
 
     def noise(self, count: int) -> Tensor:
         return torch.randn(count, self.model.z_dim, device=self.device)
 
+    def labels(self, count: int) -> Tensor | None:
+        """The classes in turn (count,); None where there are none."""
+        if self.num_classes is None:
+            return None
+        return torch.arange(count, device=self.device) % self.num_classes
+
     def train_step(self, batches: list[list[Batch]]) -> dict[str, Tensor]:
         g, d = self.generators["G"], self.discriminators["D"]
-        kind, classes = self.cfg.loss.gan, self.num_classes or 0
-        losses = {}
+        kind, classes, losses = self.cfg.loss.gan, self.num_classes, {}
         for (batch,) in batches:
             real = batch["image"].to(self.device, non_blocking=True)
-            labels = batch["label"].to(self.device, non_blocking=True)
+            labels = None
+            if classes is not None:
+                labels = batch["label"].to(self.device, non_blocking=True)
 
-            def critic(*images: Tensor, labels: Tensor = labels) -> Sequence[Tensor]:
+            def critic(*images: Tensor, labels: Tensor | None = labels) -> Sequence[Tensor]:
                 # One pass over all of them: one power iteration, and larger convolutions.
-                logits = d(self._augment(torch.cat(images)), labels.repeat(len(images)))
+                each = None if labels is None else labels.repeat(len(images))
+                logits = d(self._augment(torch.cat(images)), each)
                 return logits.float().chunk(len(images))
 
             with torch.no_grad(), self.autocast():
@@ -81,7 +104,8 @@ class ClassConditional(Task):
                 loss = generator_loss(fake_logits, kind, real_logits)
             else:
                 n = self.cfg.data.batch_size
-                labels = torch.randint(classes, (n,), device=self.device)
+                if classes is not None:
+                    labels = torch.randint(classes, (n,), device=self.device)
                 fake = g(self.noise(n), labels)
                 loss = generator_loss(critic(fake, labels=labels)[0], kind)
         losses["balance/gradient_G"] = self._descend("G", loss)

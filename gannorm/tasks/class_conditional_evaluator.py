@@ -1,7 +1,7 @@
 """How good a class-conditional GAN's samples are, and pictures of them."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,15 +24,15 @@ NEAREST = 3  # training images beside a sample
 class ClassConditionalEvaluator(Evaluator[ClassConditional]):
     """Samples of fixed noises, the classes in turn."""
 
-    measures = ("features", "labels", "classes")
+    measures = ("features", "kinds", "labels", "classes")
 
     def __init__(self, task: ClassConditional, data: Data) -> None:
         super().__init__(task, data)
-        self.model, self.num_classes = task.model, task.num_classes or 0
-        count = max(self.references[0].count, SHOWN, PROBED)
+        self.model, self.num_classes = task.model, task.num_classes
+        count = max(self.references[0].count, SHOWN**2, PROBED)
         generator = torch.Generator().manual_seed(self.cfg.seed)
         self.noise = torch.randn(count, self.model.z_dim, generator=generator).to(self.device)
-        self.labels = (torch.arange(count) % self.num_classes).to(self.device)
+        self.labels = task.labels(count)
         (test,) = data.test
         index = evenly(len(test), min(len(test), PROBED)).tolist()
         batch = test.fetch(index, torch.Generator())
@@ -41,13 +41,21 @@ class ClassConditionalEvaluator(Evaluator[ClassConditional]):
     def measure(self, generators: Networks, brief: bool) -> Evaluation:
         """Of as many samples as the reference says, the classes in turn."""
         (reference,) = self.references
-        noise, labels = self.noise[: reference.count], self.labels[: reference.count]
+        starts = range(0, reference.count, CHUNK)
+        pieces = [slice(start, min(start + CHUNK, reference.count)) for start in starts]
         samples = Observations.joined(
-            reference.observe(generators["G"](z, y), y)
-            for z, y in zip(noise.split(CHUNK), labels.split(CHUNK), strict=True)
+            reference.observe(generators["G"](self.noise[p], self._labels(p)), self._labels(p))
+            for p in pieces
         )
-        figures = reference.compare(samples) | reference.compare_classes(samples)
-        return Evaluation(figures, {"": (reference, samples)})
+        return Evaluation(self._compared(samples), {"": (reference, samples)})
+
+    def _labels(self, piece: slice) -> Tensor | None:
+        return None if self.labels is None else self.labels[piece]
+
+    def _compared(self, samples: Observations) -> dict[str, float]:
+        (reference,) = self.references
+        figures = reference.compare(samples)
+        return figures if self.labels is None else figures | reference.compare_classes(samples)
 
     def standing_forwards(self, name: str, net: Any, count: int) -> list[Callable[[], Any]]:
         generator = torch.Generator().manual_seed(self.cfg.seed)
@@ -55,25 +63,34 @@ class ClassConditionalEvaluator(Evaluator[ClassConditional]):
 
         def forward() -> None:
             noise = torch.randn(n, self.model.z_dim, generator=generator)
-            labels = torch.randint(classes, (n,), generator=generator)
-            net(noise.to(self.device), labels.to(self.device))
+            labels = None
+            if classes is not None:
+                labels = torch.randint(classes, (n,), generator=generator).to(self.device)
+            net(noise.to(self.device), labels)
 
         return [forward] * count
 
     def reference_figures(self) -> dict[str, float]:
         """The floor, or the ceiling: held-out real images."""
         (reference,) = self.references
-        real = reference.held_out
-        return suffixed(reference.compare(real) | reference.compare_classes(real), "real")
+        return suffixed(self._compared(reference.held_out), "real")
 
     def probes(self) -> dict[str, Probe]:
-        labels = self.labels[:PROBED]
-        images = in_chunks(self.task.averaged["G"], self.noise[:PROBED], labels)
-        return {"": Probe(images, self.probed["image"], labels, self.probed["label"])}
+        labels, noise = self._labels(slice(PROBED)), self.noise[:PROBED]
+        images = self._images(noise, labels)
+        return {"": Probe(images, self.probed["image"], labels, self.probed.get("label"))}
+
+    def _images(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+        net = self.task.averaged["G"]
+        if labels is None:
+            return in_chunks(lambda z: net(z, None), noise)
+        return in_chunks(net, noise, labels)
 
     @torch.no_grad()
     def samples(self) -> dict[str, tuple[Tensor, int]]:
         """A row for each class, a column for each of some fixed noises."""
+        if self.num_classes is None:
+            return {"noises": (self._images(self.noise[: SHOWN**2], None), SHOWN)}
         rows = min(self.num_classes, SHOWN)
         labels = torch.arange(rows, device=self.device).repeat_interleave(SHOWN)
         noise = self.noise[:SHOWN].repeat(rows, 1)
@@ -82,8 +99,12 @@ class ClassConditionalEvaluator(Evaluator[ClassConditional]):
     @torch.no_grad()
     def pictures(self) -> dict[str, tuple[Tensor, int]]:
         """A row for each class: from one noise to another; from this class to the next, the
-        noise fixed. A column for each class: a sample, and the training images nearest to it."""
-        net, (reference,) = self.task.averaged["G"], self.references
+        noise fixed. A column for each class: a sample, and the training images nearest to it.
+
+        Without classes: a row of noises on the way from one to the next, and the columns."""
+        if self.num_classes is None:
+            return self._pictures_without_classes()
+        net = self.task.averaged["G"]
         classes = self.num_classes
         rows = torch.arange(min(classes, SHOWN), device=self.device)
         columns = torch.linspace(0, 1, SHOWN, device=self.device)
@@ -98,14 +119,32 @@ class ClassConditionalEvaluator(Evaluator[ClassConditional]):
         every = torch.arange(len(mix), device=self.device)
         between = in_chunks(mixed(net, mix), self.noise[:1].expand(len(mix), -1), every)
 
-        samples = net(self.noise[: len(rows)], rows)
-        nearest = reference.nearest(reference.observe(samples).features, NEAREST)
-        beneath = torch.cat([samples[None], nearest.to(self.device).transpose(0, 1)])
+        beneath = self._beneath(net(self.noise[: len(rows)], rows))
         return {
             "interpolation/noise_to_noise_in_each_class": (noises, SHOWN),
             "interpolation/each_class_to_the_next": (between, SHOWN),
-            "neighbours/samples_above_nearest_training_images": (beneath.flatten(0, 1), len(rows)),
+            "neighbours/samples_above_nearest_training_images": (beneath, len(rows)),
         }
+
+    def _pictures_without_classes(self) -> dict[str, tuple[Tensor, int]]:
+        columns = torch.linspace(0, 1, SHOWN, device=self.device)
+        ways = [slerp(self.noise[i], self.noise[i + 1], columns) for i in range(SHOWN)]
+        samples = self._images(self.noise[:SHOWN], None)
+        return {
+            "interpolation/noise_to_noise": (self._images(torch.cat(ways), None), SHOWN),
+            "neighbours/samples_above_nearest_training_images": (self._beneath(samples), SHOWN),
+        }
+
+    def _beneath(self, samples: Tensor) -> Tensor:
+        """Samples, and in rows beneath them the training images nearest to each."""
+        (reference,) = self.references
+        nearest = reference.nearest(reference.observe(samples).features, NEAREST)
+        return torch.cat([samples[None], nearest.to(self.device).transpose(0, 1)]).flatten(0, 1)
+
+    def captions(self, name: str) -> tuple[Sequence[str], Sequence[str]]:
+        """The classes of the rows, of the columns where a class is one."""
+        names = self.task.class_names[:SHOWN] if self.named else []
+        return ((), names) if name.startswith("neighbours/") else (names, ())
 
 
 def slerp(start: Tensor, end: Tensor, share: Tensor) -> Tensor:

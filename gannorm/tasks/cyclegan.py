@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import l1_loss
 
 from gannorm.data import Batch
+from gannorm.data.files import MULTIPLE
+from gannorm.errors import RequestError
 from gannorm.models import PatchDiscriminator, ResnetGenerator
 from gannorm.models.norm_factory import Norm, build_norm
 from gannorm.schema import Config, CycleGANConfig
@@ -43,15 +45,30 @@ class CycleGAN(Task):
             )
         return ""
 
+    def _check_request(self) -> None:
+        super()._check_request()
+        data, m = self.cfg.data, self.model
+        if data.channel_pair[0] != data.channel_pair[1] and m.identity_weight > 0:
+            raise RequestError(
+                f"data.channels={data.channels}: the identity loss shows G_A images of B, which "
+                "have other channels; set model.identity_weight=0"
+            )
+        if getattr(data, "preprocess", "") == "none" and 2**m.downsamplings > MULTIPLE:
+            raise RequestError(
+                f"data.preprocess=none makes sides multiples of {MULTIPLE}, and "
+                f"model.downsamplings={m.downsamplings} needs multiples of {2**m.downsamplings}; "
+                "choose another data.preprocess="
+            )
+
     def _build(self, spectral: bool = True) -> tuple[Networks, Networks]:
-        m, channels = self.model, self.cfg.data.channels
+        m, (a, b) = self.model, self.cfg.data.channel_pair
         norm = build_norm(self.cfg.norm)
         generators: Networks = {
             name: ResnetGenerator(
-                channels, channels, norm, width=m.width, blocks=m.blocks,
+                source, target, norm, width=m.width, blocks=m.blocks,
                 downsamplings=m.downsamplings, dropout=m.dropout,
             )
-            for name in ("G_A", "G_B")
+            for name, source, target in (("G_A", a, b), ("G_B", b, a))
         }  # fmt: skip
         discriminators: Networks = {
             name: PatchDiscriminator(
@@ -61,23 +78,23 @@ class CycleGAN(Task):
                 layers=m.d_layers,
                 spectral=spectral and m.d_spectral_norm,
             )
-            for name in ("D_A", "D_B")
+            for name, channels in (("D_A", b), ("D_B", a))
         }
         return generators, discriminators
 
     def _dry_run(self, generators: Networks, discriminators: Networks) -> None:
         data = self.cfg.data
-        x = torch.empty(data.batch_size, data.channels, data.image_size, data.image_size)
-        y = x
-        for generator in generators.values():
-            y = generator(x)
-        if y.shape != x.shape:
-            raise ValueError(
-                f"images of {data.image_size} pixels come back as {y.shape[-1]}; data.image_size "
-                f"must be a multiple of {2**self.model.downsamplings}"
-            )
-        for discriminator in discriminators.values():
-            discriminator(x)
+        a, b = (torch.empty(data.batch_size, c, *data.size) for c in data.channel_pair)
+        for name, x in (("G_A", a), ("G_B", b)):
+            back = tuple(generators[name](x).shape[-2:])
+            if back != data.size:
+                raise ValueError(
+                    f"images of {data.size[0]}x{data.size[1]} pixels come back as "
+                    f"{back[0]}x{back[1]}; data.image_size must be a multiple of "
+                    f"{2**self.model.downsamplings}"
+                )
+        discriminators["D_A"](b)
+        discriminators["D_B"](a)
 
     def train_step(self, batches: list[list[Batch]]) -> dict[str, Tensor]:
         pairs = [

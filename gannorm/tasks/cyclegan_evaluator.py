@@ -38,7 +38,7 @@ DIRECTIONS = (Direction(0, 1, "AtoB", "G_A", "G_B"), Direction(1, 0, "BtoA", "G_
 class CycleGANEvaluator(Evaluator[CycleGAN]):
     """Held-out images are translated, and back."""
 
-    measures = ("features", "labels", "cycle", "counterparts")
+    measures = ("features", "kinds", "labels", "cycle", "counterparts")
 
     def __init__(self, task: CycleGAN, data: Data) -> None:
         super().__init__(task, data)
@@ -54,10 +54,9 @@ class CycleGANEvaluator(Evaluator[CycleGAN]):
             for name, value in figures.items():
                 end = way.name[0] if FIGURES[name].needs == "cycle" else way.name
                 evaluation.figures[f"{name}_{end}"] = value
-            if translations is not None:
-                reference = self.references[way.target]
-                evaluation.figures |= suffixed(reference.compare(translations), way.name)
-                evaluation.observed[f"_{way.name}"] = (reference, translations)
+            reference = self.references[way.target]
+            evaluation.figures |= suffixed(reference.compare(translations), way.name)
+            evaluation.observed[f"_{way.name}"] = (reference, translations)
         return evaluation
 
     def _translate(
@@ -65,11 +64,11 @@ class CycleGANEvaluator(Evaluator[CycleGAN]):
         way: Direction,
         generator: Callable[[Tensor], Tensor],
         inverse: Callable[[Tensor], Tensor] | None,
-    ) -> tuple[dict[str, float], Observations | None]:
+    ) -> tuple[dict[str, float], Observations]:
         """The held-out images through `generator` (and `inverse`): the figures of pairs, averaged,
         and what networks see in the translations."""
         test, target = self.data.test[way.source], self.data.test[way.target]
-        reference = self.references[way.target] if self.references else None
+        reference = self.references[way.target]
         scores: dict[str, list[Tensor]] = {}
         parts: list[Observations] = []
 
@@ -83,15 +82,14 @@ class CycleGANEvaluator(Evaluator[CycleGAN]):
             translated = generator(images)
             if inverse is not None:
                 add(Pairs(inverse(translated), images), "cycle")
-            if reference is not None:
-                labels = batch["label"].to(self.device) if "label" in batch else None
-                parts.append(reference.observe(translated, labels))
-                if self.data.counterparts:
-                    true = target.fetch(index.tolist(), torch.Generator())["image"]
-                    pairs = Pairs(translated, true.to(self.device), reference.reader)
-                    add(pairs, "counterparts")
+            labels = batch["label"].to(self.device) if "label" in batch else None
+            parts.append(reference.observe(translated, labels))
+            if self.data.counterparts:
+                true = target.fetch(index.tolist(), torch.Generator())["image"]
+                pairs = Pairs(translated, true.to(self.device), reference.reader)
+                add(pairs, "counterparts")
         means = {name: float(torch.cat(values).mean()) for name, values in scores.items()}
-        return means, Observations.joined(parts) if parts else None
+        return means, Observations.joined(parts)
 
     def _count(self, way: Direction) -> int:
         """How many held-out images are translated."""
@@ -99,7 +97,7 @@ class CycleGANEvaluator(Evaluator[CycleGAN]):
 
     def protocol(self) -> dict[str, Any]:
         protocol = super().protocol()
-        for way in DIRECTIONS if self.references else ():
+        for way in DIRECTIONS:
             protocol[way.name[-1]]["generated"] = self._count(way)
         return protocol
 
@@ -115,15 +113,14 @@ class CycleGANEvaluator(Evaluator[CycleGAN]):
     def reference_figures(self) -> dict[str, float]:
         """The floor and the ceiling: real held-out images, and untranslated ones."""
         out: dict[str, float] = {}
-        for way in DIRECTIONS if self.references else ():
+        for way in DIRECTIONS:
             reference = self.references[way.target]
-            scores, untranslated = self._translate(way, lambda images: images, None)
-            assert untranslated is not None
-            for kind, figures in (
-                ("untranslated", scores | reference.compare(untranslated)),
-                ("real", reference.compare(reference.held_out)),
-            ):
-                out |= suffixed(figures, f"{way.name}_{kind}")
+            figures = reference.compare(reference.held_out)
+            out |= suffixed(figures, f"{way.name}_real")
+            if len(set(self.cfg.data.channel_pair)) == 1:  # else A is no image of B's kind
+                scores, untranslated = self._translate(way, lambda images: images, None)
+                figures = scores | reference.compare(untranslated)
+                out |= suffixed(figures, f"{way.name}_untranslated")
         return out
 
     def probes(self) -> dict[str, Probe]:
@@ -143,7 +140,8 @@ class CycleGANEvaluator(Evaluator[CycleGAN]):
         for way in DIRECTIONS:
             images = self.shown[way.source]
             fake = self.task.averaged[way.generator](images)
-            strip = torch.stack([images, fake, self.task.averaged[way.inverse](fake)], 1)
+            back = self.task.averaged[way.inverse](fake)
+            strip = torch.stack(_alike(images, fake, back), 1)
             first, last = way.name[0], way.name[-1]
             shown[f"{first}_to_{last}_to_{first}"] = (strip.flatten(0, 1), 3)
         return shown
@@ -153,11 +151,18 @@ class CycleGANEvaluator(Evaluator[CycleGAN]):
         """For each direction, columns of: original, translation, and the training images of the
         other domain that are nearest to it."""
         shown = {}
-        for way in DIRECTIONS if self.references else ():
+        for way in DIRECTIONS:
             reference, images = self.references[way.target], self.shown[way.source]
             fake = self.task.averaged[way.generator](images)
             nearest = reference.nearest(reference.observe(fake).features, NEAREST)
-            rows = torch.cat([torch.stack([images, fake]), nearest.to(self.device).transpose(0, 1)])
+            found = nearest.to(self.device).transpose(0, 1)
+            rows = torch.stack(_alike(images, fake, *found))
             name = f"neighbours/{way.name[0]}_to_{way.name[-1]}_above_nearest_training_images"
             shown[name] = (rows.flatten(0, 1), len(images))
         return shown
+
+
+def _alike(*batches: Tensor) -> list[Tensor]:
+    """Grey batches (N, 1, H, W) as colour where others are."""
+    channels = max(x.shape[1] for x in batches)
+    return [x.expand(-1, channels, -1, -1) for x in batches]

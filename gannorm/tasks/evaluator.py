@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ class Evaluator(ABC, Generic[AnyTask]):
 
     Attributes:
         measures: what it can give a figure that needs it (`gannorm.metrics.figures`).
-        references: the real images of each domain, for the figures; none without labels.
+        references: the real images of each domain, for the figures.
     """
 
     measures: tuple[str, ...]
@@ -59,6 +59,16 @@ class Evaluator(ABC, Generic[AnyTask]):
     def pictures(self) -> dict[str, tuple[Tensor, int]]:
         """More of them, shown at evaluations: interpolations, the nearest training images."""
 
+    @property
+    def named(self) -> bool:
+        """Whether the classes have names that say more than their numbers."""
+        names = self.task.class_names
+        return bool(self.task.num_classes) and names != [str(k) for k in range(len(names))]
+
+    def captions(self, name: str) -> tuple[Sequence[str], Sequence[str]]:
+        """What to write beside the rows and above the columns of a picture, by its name."""
+        return (), ()
+
     @torch.no_grad()
     def diagnose(self) -> tuple[dict[str, float], dict[str, str]]:
         """Figures of the samples and the norms, and the faults in them by name."""
@@ -82,10 +92,8 @@ class Evaluator(ABC, Generic[AnyTask]):
 
     def protocol(self) -> dict[str, Any]:
         """How the figures came about: written beside them."""
-        made: dict[str, Any] = {"extractor": "none: embedded needs labels to be trained on"}
-        if self.references:
-            each = [reference.protocol() for reference in self.references]
-            made = each[0] if len(each) == 1 else dict(zip("AB", each, strict=True))
+        each = [reference.protocol() for reference in self.references]
+        made = each[0] if len(each) == 1 else dict(zip("AB", each, strict=True))
         return {
             "data": self.cfg.data.name,
             "image_size": self.cfg.data.image_size,

@@ -1,6 +1,7 @@
 """What trains: networks, their averages, optimizers, mixed precision, one step, their state."""
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gannorm.data import DATA, Batch
+from gannorm.data import Batch
 from gannorm.diagnostics.norm_layers import norm_layers
 from gannorm.errors import RequestError
 from gannorm.models.norm_factory import NORMS, Norm
@@ -34,13 +35,15 @@ class Task(ABC):
         generators, discriminators: by name; `averaged` holds the generators' EMA.
         optimizers: "G" for all generators, "D" for all discriminators.
         batches_per_step: how many batches `train_step` takes.
+        class_names: what people see in the place of the labels; their numbers where there are none.
     """
 
-    needs_labels = False
+    takes_labels = False  # where its data has them
     batches_per_step = 1
 
     def __init__(self, cfg: Config, device: torch.device, num_classes: int | None) -> None:
         self.cfg, self.device, self.num_classes = cfg, device, num_classes
+        self.class_names = [str(k) for k in range(num_classes or 0)]
         self._check_request()
         self.backend = cfg.norm.backend
         check_backend(self.backend)
@@ -59,6 +62,9 @@ class Task(ABC):
         fp16 = cfg.trainer.precision == "fp16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.dtype = PRECISIONS[cfg.trainer.precision]
+        # Of a resumed run: the step that its schedule counts from, and the share of the rates that
+        # it never rises above.
+        self.schedule_start, self.schedule_cap = 0, 1.0
 
     @property
     def networks(self) -> Networks:
@@ -87,14 +93,8 @@ class Task(ABC):
     # ---- requests
 
     def _check_request(self) -> None:
-        """Refuse a data set, a norm or a loss that cannot work."""
+        """Refuse a norm or a loss that cannot work."""
         cfg, loss = self.cfg, self.cfg.loss
-        if self.needs_labels and self.num_classes is None:
-            fitting = [name for name, each in DATA.items() if cfg.model.name in each.tasks]
-            raise RequestError(
-                f"model={cfg.model.name} needs labelled data, and data={cfg.data.name} has no "
-                f"labels; choose data= {', '.join(fitting)}"
-            )
         reason = self.refusal(NORMS[cfg.norm.name], cfg)
         if reason:
             fitting = [name for name, norm in NORMS.items() if not self.refusal(norm, cfg)]
@@ -153,10 +153,10 @@ class Task(ABC):
         return use_backend(self.backend)
 
     def set_learning_rates(self, step: int) -> dict[str, float]:
-        """Constant until `optim.decay_from`, then linear to 0 at the run's end."""
-        optim, steps = self.cfg.optim, self.cfg.trainer.steps
-        start = optim.decay_from * steps
-        factor = 1.0 if step < start else (steps - step) / max(steps - start, 1)
+        """Constant until `optim.decay_from`, then falling to 0 at the run's end."""
+        optim, first = self.cfg.optim, self.schedule_start
+        done = step - first, self.cfg.trainer.steps - first
+        factor = min(self.schedule_cap, scheduled(optim.schedule, optim.decay_from, *done))
         rates = {"G": optim.lr_g * factor, "D": optim.lr_d * factor}
         for name, rate in rates.items():
             for group in self.optimizers[name].param_groups:
@@ -246,6 +246,7 @@ class Task(ABC):
             "averaged": {name: net.state_dict() for name, net in self.averaged.items()},
             "optimizers": {name: opt.state_dict() for name, opt in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
+            "schedule": {"start": self.schedule_start, "cap": self.schedule_cap},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -255,8 +256,19 @@ class Task(ABC):
             net.load_state_dict(state["averaged"][name])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
+        schedule = state.get("schedule", {"start": 0, "cap": 1.0})  # older files have none
+        self.schedule_start, self.schedule_cap = schedule["start"], schedule["cap"]
         if state["scaler"]:  # of another precision, it starts anew
             self.scaler.load_state_dict(state["scaler"])
+
+
+def scheduled(kind: str, decay_from: float, step: int, steps: int) -> float:
+    """The share of a learning rate at `step` of `steps`."""
+    start = decay_from * steps
+    if kind == "constant" or step < start:
+        return 1.0
+    left = max(0.0, (steps - step) / max(steps - start, 1))
+    return left if kind == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 
 
 def _tensors(net: nn.Module) -> list[Tensor]:

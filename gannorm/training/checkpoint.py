@@ -13,8 +13,10 @@ from gannorm.errors import RequestError
 FORMAT = 1
 # What may differ between a run and its continuation; everything else decides what is trained.
 FREE = (
-    "resume", "trainer", "metrics", "norm.backend", "data.root", "data.num_workers",
-    "data.download",
+    "resume", "init_from", "trainer", "metrics", "norm.backend", "data.root", "data.num_workers",
+    "data.download", "data.cache", "data.cache_gb", "optim.lr_g", "optim.lr_d", "optim.schedule",
+    "optim.decay_from", "optim.restart", "optim.clip_norm", "loss.r1", "loss.r2",
+    "loss.gradient_penalty", "model.cycle_weight", "model.identity_weight",
 )  # fmt: skip
 
 
@@ -52,19 +54,35 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint: tensors and plain values only, no code (`weights_only=True`).
+    """Read a checkpoint.
 
     Raises:
         RequestError: no such file, or not a checkpoint of this program.
     """
+    return checked(read(path), path)
+
+
+def read(path: Path) -> Any:
+    """What torch saved in a file: tensors and plain values only, no code (`weights_only=True`).
+
+    Raises:
+        RequestError: no such file, one that torch did not write, or one that needs code.
+    """
     if not path.is_file():
         raise RequestError(f"there is no checkpoint {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
     except Exception as error:
-        raise RequestError(f"{path} is not a checkpoint of gannorm, or is damaged") from error
+        raise RequestError(
+            f"{path} is not a checkpoint of gannorm or a file of weights, or is damaged, or needs "
+            "code of its own, which is not run"
+        ) from error
+
+
+def checked(content: Any, path: Path) -> dict[str, Any]:
+    """The content of a file, refused where it is no checkpoint of this program's."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise RequestError(f"{path} is not a gannorm checkpoint of format {FORMAT}")
     return content
@@ -101,23 +119,31 @@ def prune(run_dir: Path, keep: int) -> None:
         path.unlink()
 
 
-def check_same(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+def check_same(saved: dict[str, Any], now: dict[str, Any], path: Path) -> list[str]:
     """Refuse to continue a run under a config that would train something else.
+
+    Returns a line for each change that a continuation may make. A key that was not there when the
+    run began has a value now that does what was done then.
 
     Raises:
         RequestError: naming every key that differs, with both values.
     """
     old, new = flat(saved), flat(now)
-    differing = [
-        f"{key}={new.get(key)!r} (the run: {old.get(key)!r})"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not any(_under(key, free) for free in FREE)
-    ]
+    differing, changes = [], []
+    for key in sorted(old):
+        if old[key] == new.get(key):
+            continue
+        if any(_under(key, free) for free in FREE):
+            changes.append(f"{key}: {old[key]} -> {new.get(key)}")
+        else:
+            differing.append(f"{key}={new.get(key)!r} (the run: {old[key]!r})")
     if differing:
         raise RequestError(
             f"cannot continue {path} with another configuration: {', '.join(differing)}; "
-            "repeat the overrides of the run, or start a new one without resume="
+            "repeat the overrides of the run, or start a new one without resume= "
+            "(init_from= gives it the weights)"
         )
+    return [change for change in changes if not change.startswith("resume:")]
 
 
 def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:

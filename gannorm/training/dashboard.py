@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ PACKAGES = (
 )  # fmt: skip
 LAYERS, CLASSES = 24, 10  # histograms: of so many norms, and classes of each, evenly spaced
 NUMBERED = 20  # classes whose confusion matrix has room for numbers
+LONGEST = 16  # letters of a name on its axes
 
 
 class Dashboard:
@@ -101,9 +102,8 @@ class Dashboard:
         for way, (reference, generated) in evaluation.observed.items():
             name = way.removeprefix("_") or "samples"
             if generated.labels is not None and generated.predicted is not None:
-                self.writer.add_figure(
-                    f"confusion/{name}", confusion(generated, self.task.num_classes or 0), step
-                )
+                figure = confusion(generated, self.task.num_classes or 0, self.task.class_names)
+                self.writer.add_figure(f"confusion/{name}", figure, step)
             if way not in self.curves:
                 self.curves[way] = _curve(reference, reference.held_out)
             for tag, curve in (
@@ -187,21 +187,46 @@ def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
     return {category: by_title for category, by_title in shown.items() if by_title}
 
 
-def confusion(images: Observations, classes: int) -> Figure:
-    """A heat map: class asked for x class that the classifier of real images reads, in percent."""
+def confusion(images: Observations, classes: int, names: Sequence[str] | None = None) -> Figure:
+    """A heat map: class asked for x class that the classifier of real images reads, in percent.
+
+    names: of the classes, on both axes; their numbers by default.
+    """
     assert images.labels is not None and images.predicted is not None
     asked, read = images.labels.cpu(), images.predicted.cpu()
-    figure = Figure(figsize=(5, 4.2))
+    shown = [_short(name) for name in names or map(str, range(classes))]
+    room = max(map(len, shown)) * 0.075  # inches; a number needs no more than there is
+    room = room if room > 0.25 else 0.0
+    figure = Figure(figsize=(5 + room, 4.2 + room))
     ConfusionMatrixDisplay.from_predictions(
-        asked, read, normalize="true", labels=range(classes), values_format=".0%",
+        asked, read, normalize="true", labels=range(classes), display_labels=shown,
+        xticks_rotation="vertical" if room else "horizontal", values_format=".0%",
         include_values=classes <= NUMBERED, cmap="Blues", ax=figure.subplots(),
         text_kw={"fontsize": "small"}, im_kw={"vmin": 0, "vmax": 1},
     )  # fmt: skip
-    figure.subplots_adjust(0.12, 0.12, 1.0, 0.92)
+    left, bottom = (0.6 + room) / (5 + room), (0.5 + room) / (4.2 + room)
+    figure.subplots_adjust(left, bottom, 1.0, 1 - 0.34 / (4.2 + room))
     axes = figure.axes[0]
+    if classes > NUMBERED:  # nor for every name
+        places = evenly(classes, NUMBERED).tolist()
+        axes.set(xticks=places, yticks=places)
+        axes.set_xticklabels([shown[k] for k in places])
+        axes.set_yticklabels([shown[k] for k in places])
     axes.set(xlabel="class read", ylabel="class asked for")
     axes.set_title(f"{float((asked == read).float().mean()):.1%} read correctly", fontsize="medium")
     return figure
+
+
+def _short(name: str) -> str:
+    """As much of a name as an axis has room for; a $ would begin a formula."""
+    name = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+    return name.replace("$", r"\$")
+
+
+def class_table(names: Sequence[str]) -> str:
+    """Which class a number in a scalar's name (class_fid/3) means, as a table in markdown."""
+    rows = [f"| {k} | {name.replace('|', chr(92) + '|')} |" for k, name in enumerate(names)]
+    return "\n".join(["| number | class |", "| --- | --- |", *rows])
 
 
 def norm_tensors(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -19,8 +19,8 @@ from gannorm.errors import RequestError
 from gannorm.metrics.best import unmeasured
 from gannorm.norms import cpu
 from gannorm.tasks import TASKS, Evaluator, Task, build_task
-from gannorm.training import checkpoint
-from gannorm.training.dashboard import Dashboard, environment
+from gannorm.training import checkpoint, weights
+from gannorm.training.dashboard import Dashboard, class_table, environment
 from gannorm.training.monitor import Monitor
 from gannorm.training.report import (
     closing,
@@ -56,17 +56,20 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
         seed(cfg.seed)
     data = build_data(cfg.data)
     task = build_task(cfg, device, data.num_classes)
+    task.class_names = data.class_names or task.class_names
     plain = OmegaConf.to_container(raw, resolve=True)
     assert isinstance(plain, dict)
     run = Run(task, {str(k): v for k, v in plain.items()})
+    changes = []
     if start_from is not None:
-        run.resume(start_from, run_dir)
+        changes = run.resume(start_from, run_dir)
     elif cfg.resume != "auto" and (run_dir / "metrics.jsonl").exists():
         raise RequestError(
             f"{run_dir} already holds a run; continue it with resume=auto, or choose another "
             "folder with hydra.run.dir="
         )
-    say(describe(cfg, task, data, run_dir, start_from, run.step))
+    taken = weights.start(task, cfg.init_from) if cfg.init_from.path and not start_from else []
+    say("\n".join([describe(cfg, task, data, run_dir, start_from, run.step, changes), *taken]))
     if device.type == "cpu":
         cpu.keep_memory()
         cpu.kernels()  # compiled now, if ever: not while something is timed
@@ -105,6 +108,7 @@ def summarize(
         **groups,
         "reference": reference,
         "protocol": evaluator.protocol(),
+        "skipped_images": len(evaluator.data.skipped),
         "best": {"figure": cfg.metrics.best, "value": run.best.value, "step": run.best.step},
         "training_seconds": round(run.seconds, 1),
         "evaluation_seconds": round(run.evaluation_seconds, 1),
@@ -122,6 +126,12 @@ def begin_log(
     monitor.text("config", f"```yaml\n{OmegaConf.to_yaml(raw, resolve=True)}\n```")
     monitor.text("protocol", f"```yaml\n{OmegaConf.to_yaml(protocol)}\n```")
     monitor.text("environment", environment(device_name(evaluator.device)))
+    if skipped := evaluator.data.skipped:
+        listed = "\n".join(f"- {line}" for line in skipped)
+        monitor.text("skipped", f"{len(skipped)} images were skipped\n\n{listed}")
+    monitor.captions = evaluator.captions
+    if evaluator.named:
+        monitor.text("classes", class_table(evaluator.task.class_names))
     monitor.scalars(step, tagged("reference", reference), protocol=protocol)
 
 

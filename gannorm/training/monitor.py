@@ -2,21 +2,27 @@
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import make_grid
 
 from gannorm.data.images import to_image
+from gannorm.training.captions import sheet
 
-SMALLEST_TILE = 96  # pixels; smaller images are enlarged by a whole factor to be legible
+Captions = Callable[[str], tuple[Sequence[str], Sequence[str]]]
 
 
 class Monitor:
-    """Writes to a run folder. After a resume at step k whatever was logged beyond k goes."""
+    """Writes to a run folder. After a resume at step k whatever was logged beyond k goes.
+
+    captions: by a picture's name, what is written beside its rows and above its columns.
+    """
+
+    captions: Captions = staticmethod(lambda name: ((), ()))
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
         self.run_dir, self.start_step = run_dir, start_step
@@ -42,7 +48,7 @@ class Monitor:
 
     def grid(self, name: str, images: Tensor, columns: int, step: int) -> Tensor:
         """A batch (N, C, S, S) in rows of `columns` in TensorBoard: the picture (C, H, W)."""
-        grid = make_grid(_legible(images.cpu()), nrow=columns, padding=4, pad_value=1.0)
+        grid = sheet(images, columns, *self.captions(name))
         self.writer.add_image(name, (grid.clamp(-1, 1) + 1) / 2, step)
         return grid
 
@@ -67,11 +73,6 @@ class Monitor:
     def close(self) -> None:
         self.writer.close()
         self.file.close()
-
-
-def _legible(images: Tensor) -> Tensor:
-    factor = max(1, SMALLEST_TILE // images.shape[-1])
-    return images.float().repeat_interleave(factor, -1).repeat_interleave(factor, -2)
 
 
 def _drop_after(path: Path, step: int) -> None:

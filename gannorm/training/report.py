@@ -21,7 +21,13 @@ def say(text: str) -> None:
 
 
 def describe(
-    cfg: Config, task: Task, data: Data, run_dir: Path, start_from: Path | None, step: int
+    cfg: Config,
+    task: Task,
+    data: Data,
+    run_dir: Path,
+    start_from: Path | None,
+    step: int,
+    changes: list[str],
 ) -> str:
     sizes = ", ".join(
         f"{name} {sum(p.numel() for p in net.parameters()):,}"
@@ -36,6 +42,11 @@ def describe(
     ]
     if start_from is not None:
         lines.append(f"continued from {start_from} at step {step}")
+        lines += [f"changed: {change}" for change in changes]
+        if step >= cfg.trainer.steps:
+            lines.append(
+                f"all {cfg.trainer.steps} steps are taken; trainer.steps= of more continues the run"
+            )
     return "\n".join(lines)
 
 

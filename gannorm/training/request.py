@@ -42,12 +42,12 @@ def find_resume(resume: str | None, run_dir: Path) -> Path | None:
 def run_folder(family: str, now: str, resume: str | None) -> str:
     """Where a run goes: a new folder below `family`, or the folder of the run it continues.
 
-    resume=auto continues the family's newest unfinished run, resume=FOLDER that run; from a
+    resume=auto continues the family's newest run, finished or not, resume=FOLDER that run; from a
     checkpoint file a new run starts, so that nothing behind that step is overwritten.
     """
     if resume == "auto":
         for folder in sorted(Path(family).glob("*"), reverse=True):
-            if checkpoint.newest(folder) and not (folder / "summary.json").exists():
+            if checkpoint.newest(folder):
                 return str(folder)
     elif resume is not None and Path(resume).is_dir():
         return resume

@@ -45,6 +45,7 @@ class Run:
             "best": asdict(self.best),
             "config": self.config,
             "num_classes": self.task.num_classes,
+            "class_names": self.task.class_names,
             "task": self.task.state_dict(),
             "watch": self.watch.state_dict(),
             "rng": checkpoint.rng_state(),
@@ -59,14 +60,22 @@ class Run:
         self.watch.load_state_dict(state["watch"])
         checkpoint.set_rng_state(state["rng"])
 
-    def resume(self, path: Path, run_dir: Path) -> None:
-        """Go on from the checkpoint `path` in `run_dir`.
+    def resume(self, path: Path, run_dir: Path) -> list[str]:
+        """Go on from the checkpoint `path` in `run_dir`: what is to be said of it.
 
         Raises:
             RequestError: it is of a run that trains something else, or the folder is ahead of it.
         """
         state = checkpoint.load(path)
-        checkpoint.check_same(state["config"], self.config, path)
+        changes = checkpoint.check_same(state["config"], self.config, path)
+        had, has = state.get("class_names"), self.task.class_names
+        if had is not None and had != has:  # a label would mean another class from here on
+            gone, new = sorted(set(had) - set(has)), sorted(set(has) - set(had))
+            raise RequestError(
+                f"cannot continue {path}: the classes of the data have changed since "
+                f"(gone: {', '.join(gone) or 'none'}; new: {', '.join(new) or 'none'}); give the "
+                "folders their old names back, or start a new run without resume="
+            )
         newest = checkpoint.newest(run_dir)
         if newest is not None and newest.resolve() != path.resolve():
             raise RequestError(
@@ -74,12 +83,38 @@ class Run:
                 f"resume=auto, or from {path} in another folder (hydra.run.dir=)"
             )
         self.load_state_dict(state)
+        changes += self._reschedule(state)
         then, now = (
             {k: v for k, v in each["metrics"].items() if k not in ("cache", "patience")}
             for each in (state["config"], self.config)
         )
         if not (run_dir / BEST).exists() or then != now:
             self.best = Best()  # in another folder, or by another figure
+        return changes
+
+    def _reschedule(self, state: dict[str, Any]) -> list[str]:
+        """Under other steps or another schedule no rate rises, unless `optim.restart` asks for it.
+
+        So that a rate may be corrected, it is the share of `optim.lr_g` that must not rise.
+        """
+        old, new, task = state["config"], self.config, self.task
+        keys = ("schedule", "decay_from")
+        same = all(old["optim"].get(k, new["optim"][k]) == new["optim"][k] for k in keys)
+        more = old["trainer"]["steps"] != new["trainer"]["steps"]
+        if (same and not more) or self.step == 0:
+            return []
+        if more and self.cfg.optim.restart:
+            task.schedule_start, task.schedule_cap = self.step, 1.0
+            return [f"the schedule of the learning rates begins anew at step {self.step}"]
+        last = state["task"]["optimizers"]["G"]["param_groups"][0]["lr"]
+        task.schedule_cap = last / old["optim"]["lr_g"]
+        if task.schedule_cap >= 0.5:
+            return []
+        return [
+            f"the learning rates stay below {task.schedule_cap:.1%} of optim.lr_g and optim.lr_d, "
+            "where the run left them; optim.restart=true begins a new schedule, "
+            "optim.lr_g= and optim.lr_d= set other rates"
+        ]
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
