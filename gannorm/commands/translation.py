@@ -43,9 +43,10 @@ photographs from a camera: their shorter side becomes the training size, and the
 at that size. Distort the picture with HxW only if training did.
 
 Large pictures: one above {WHOLE} pixels runs layer by layer in tiles. The norms' statistics are
-those of the whole picture, so the result is the same without tiles, to rounding. Memory does not
-grow with the picture; its feature maps are kept in OUT_DIR meanwhile, where they take up to 3 bytes
-for each pixel and unit of model.width (13 GB at 8192x8192 and width 64; half in bf16 or fp16).
+those of the whole picture, so the result is the same without tiles, to rounding. The network's
+memory does not grow with the picture, which is held as 8-bit levels; its feature maps are kept in
+OUT_DIR meanwhile, where they take up to 3 bytes for each pixel and unit of model.width (13 GB at
+8192x8192 and width 64; half in bf16 or fp16).
 
 example:
   python -m gannorm translate outputs/RUN photos/ translated/ --direction AtoB --size train
