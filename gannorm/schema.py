@@ -215,9 +215,7 @@ class OptimConfig(Section):
     d_steps: PositiveInt  # discriminator steps per generator step
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # how the rates fall
     decay_from: Share  # fraction of the run after which they do, to 0 at its end
-    restart: bool = (
-        False  # resumed with other steps, the run begins its schedule anew, and rates may rise
-    )
+    restart: bool = False  # resumed under others of these or other steps, the schedule begins anew
     clip_norm: PositiveFloat | None  # largest gradient norm per network
     ema_decay: Share
     ema_start: NonNegativeInt  # until this step the average is a copy

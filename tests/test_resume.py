@@ -52,6 +52,18 @@ def test_a_schedule_begins_anew_when_asked(tmp_path, capsys):
     assert weights(tmp_path)["task"]["schedule"]["start"] == 4
 
 
+def test_another_schedule_may_begin_anew_too(tmp_path, capsys):
+    first = ["trainer.steps=8", "optim.decay_from=0.5", "trainer.log_every=1"]
+    stopped = ["trainer.steps=4", "optim.decay_from=0.0", "trainer.log_every=1"]
+    train(config("resblock_gan", *stopped), tmp_path)
+    assert losses(tmp_path)[4]["lr/G"] == pytest.approx(2.5e-4)
+    train(config("resblock_gan", *first, "resume=auto", "optim.restart=true"), tmp_path)
+    assert losses(tmp_path)[5]["lr/G"] == pytest.approx(1e-3)
+    constant = ["trainer.steps=8", "optim.schedule=constant", "optim.decay_from=0.5"]
+    train(config("resblock_gan", *constant, "resume=auto", "optim.restart=true"), tmp_path)
+    assert capsys.readouterr().out.count("begins anew") == 2
+
+
 def test_rates_and_weights_may_be_corrected(tmp_path, capsys):
     changes = ["optim.lr_g=1e-4", "loss.r1=0.5", "optim.schedule=constant", "trainer.log_every=2"]
     first = ["trainer.steps=4", "trainer.log_every=1"]

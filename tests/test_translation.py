@@ -193,6 +193,14 @@ def test_names_with_a_dot_are_no_images(runs, photos, tmp_path, capsys):
         assert names(out) == ["high.png", "more/wide.png", "wide.png"]
 
 
+def test_linked_folders_are_followed(runs, photos, tmp_path):
+    (tmp_path / "album").mkdir()
+    (tmp_path / "album" / "linked").symlink_to(photos)
+    translate(runs["colour"], tmp_path / "album", tmp_path / "out")
+    found = [p for p in (tmp_path / "out" / "linked").rglob("*.png")]
+    assert len(found) == len([p for p in photos.rglob("*") if p.is_file()])
+
+
 def test_all_unreadable_files_are_named(runs, photos, tmp_path, capsys):
     for n in range(23):
         (photos / f"bad{n:02d}.jpg").write_bytes(b"no image")

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gannorm.commands.classes import between_classes, pick_classes
-from gannorm.commands.trained import load_task
+from gannorm.commands.trained import load_task, pick_generator
 from gannorm.commands.translation import any_size
 from gannorm.data.images import open_image, to_image, to_tensor
 from gannorm.errors import RequestError
@@ -270,6 +270,8 @@ def page(path: Path) -> Any:
         if isinstance(task, ClassConditional):
             _class_page(gr, blocks, path, task)
         elif isinstance(task, CycleGAN):
+            for generator in ("G_A", "G_B"):
+                pick_generator(task, generator, path)
             _translation_page(gr, blocks, path, task)
         else:
             raise RequestError(

@@ -3,22 +3,19 @@
 import re
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
 from gannorm.commands import video
-from gannorm.data.images import EXTENSIONS
+from gannorm.data.images import EXTENSIONS, list_images
 from gannorm.errors import RequestError
 
 
 def find_sources(source: Path, target: Path) -> dict[Path, Path]:
     """What to translate, by the file it becomes: the images and videos below the folder `source`,
     or that one file.
-
-    A name that begins with a dot, of a file or of a folder on the way, is passed over.
 
     Raises:
         RequestError: nothing there, two that would get the same name, or a translation that would
@@ -30,7 +27,7 @@ def find_sources(source: Path, target: Path) -> dict[Path, Path]:
             raise RequestError(f"{source} is no image or video ({', '.join(known)})")
         root, paths = source.parent, [source]
     else:
-        root, paths = source, _below(source, known)
+        root, paths = source, list_images(source, known)
         if source.resolve() in (target.resolve(), *target.resolve().parents):
             raise RequestError(
                 f"{target} lies in {source}: its images would be overwritten or translated again; "
@@ -51,21 +48,6 @@ def find_sources(source: Path, target: Path) -> dict[Path, Path]:
             )
         found[written] = p
     return found
-
-
-def _below(folder: Path, known: tuple[str, ...]) -> list[Path]:
-    if not folder.is_dir():
-        raise RequestError(f"there is no folder {folder}, and no file")
-    paths = sorted(
-        p
-        for p in folder.rglob("*")
-        if p.suffix.lower() in known
-        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
-        and p.is_file()
-    )
-    if not paths:
-        raise RequestError(f"no images or videos in {folder} (looked for {', '.join(known)})")
-    return paths
 
 
 def is_video(path: Path) -> bool:
@@ -96,22 +78,6 @@ def resized(image: Image.Image, size: list[int] | None) -> Image.Image:
     if size is None:
         return image
     return v2.functional.resize(image, size, v2.InterpolationMode.BICUBIC)
-
-
-def to_levels(image: Image.Image, channels: int) -> Tensor:
-    """Grey or RGB levels (C, H, W), uint8."""
-    mode = "L" if channels == 1 else "RGB"
-    array = np.array(image if image.mode == mode else image.convert(mode))
-    return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
-
-
-def rounded(values: Tensor) -> Tensor:
-    """Values in [-1, 1] as 8-bit levels, on the CPU; `values` may be written over."""
-    return values.float().clamp_(-1, 1).add_(1).mul_(127.5).round_().byte().cpu()
-
-
-def to_picture(levels: Tensor) -> Image.Image:
-    return Image.fromarray(levels.permute(1, 2, 0).squeeze(-1).numpy())
 
 
 def beside(left: Tensor, right: Tensor) -> Tensor:

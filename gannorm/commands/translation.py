@@ -17,13 +17,10 @@ from gannorm.commands.pictures import (
     is_video,
     parse_size,
     resized,
-    rounded,
-    to_levels,
-    to_picture,
 )
 from gannorm.commands.tiling import Tiler
 from gannorm.commands.trained import load_task, make_folder, pick_generator, write_image
-from gannorm.data.images import open_image
+from gannorm.data.images import open_image, rounded, to_levels, to_picture
 from gannorm.errors import RequestError
 from gannorm.models import ResnetGenerator
 from gannorm.tasks import CycleGAN
@@ -181,7 +178,8 @@ class Translator:
         return self.prepared(open_image(path, self.channels))
 
     def prepared(self, image: Image.Image) -> Tensor:
-        return to_levels(resized(image, self.size), self.channels)
+        mode = "L" if self.channels == 1 else "RGB"  # of a video's frames
+        return to_levels(resized(image, self.size).convert(mode))
 
     def frames(self, images: list[Image.Image]) -> list[Image.Image]:
         levels = [self.prepared(image) for image in images]

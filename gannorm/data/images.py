@@ -17,8 +17,10 @@ EXTENSIONS = (
 )  # fmt: skip
 
 
-def list_images(folder: Path) -> list[Path]:
+def list_images(folder: Path, endings: tuple[str, ...] = EXTENSIONS) -> list[Path]:
     """All image files below `folder`, sorted by name; links are followed, hidden names left out.
+
+    endings: in lower case, of what else is looked for.
 
     Raises:
         RequestError: no such folder, or no image in it.
@@ -29,16 +31,16 @@ def list_images(folder: Path) -> list[Path]:
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
         # A link back up would lead round in a circle.
-        folders[:] = [] if real in seen else [n for n in folders if not n.startswith(".")]
+        folders[:] = [] if real in seen else sorted(n for n in folders if n[0] != ".")
         names = [] if real in seen else names
         seen.add(real)
         paths += [
             path
             for path in (Path(parent, name) for name in names if not name.startswith("."))
-            if path.suffix.lower() in EXTENSIONS and (path.is_file() or path.is_symlink())
+            if path.suffix.lower() in endings and (path.is_file() or path.is_symlink())
         ]
     if not paths:
-        raise RequestError(f"no images in {folder} (looked for {', '.join(EXTENSIONS)})")
+        raise RequestError(f"no images in {folder} (looked for {', '.join(endings)})")
     return sorted(paths)
 
 
@@ -79,13 +81,25 @@ def read_image(stream: BinaryIO, channels: int) -> Image.Image:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """An 8-bit image as float32 (C, H, W) in [-1, 1]."""
+    return to_levels(image).float().div_(127.5).sub_(1)
+
+
+def to_levels(image: Image.Image) -> Tensor:
+    """An 8-bit image as uint8 (C, H, W)."""
     array = np.array(image, dtype=np.uint8)
-    tensor = torch.from_numpy(array if array.ndim == 3 else array[..., None])
-    return tensor.permute(2, 0, 1).float().div_(127.5).sub_(1)
+    return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
 
 
 def to_image(tensor: Tensor) -> Image.Image:
     """A float (C, H, W) in [-1, 1] as an 8-bit image."""
-    array = tensor.detach().float().cpu().clamp(-1, 1).add(1).mul(127.5).round().byte()
-    array = array.permute(1, 2, 0).squeeze(-1)
-    return Image.fromarray(array.numpy())
+    return to_picture(rounded(tensor))
+
+
+def rounded(values: Tensor) -> Tensor:
+    """Values in [-1, 1] as 8-bit levels, on the CPU."""
+    return values.detach().float().clamp(-1, 1).add_(1).mul_(127.5).round_().byte().cpu()
+
+
+def to_picture(levels: Tensor) -> Image.Image:
+    """uint8 (C, H, W) as an image."""
+    return Image.fromarray(levels.permute(1, 2, 0).squeeze(-1).numpy())

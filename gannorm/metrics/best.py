@@ -45,7 +45,8 @@ def unmeasured(cfg: Config, data: Data, measures: Collection[str]) -> str | None
         (len(test) // 2 if test is real else len(test))
         for test, real in zip(data.test, data.real, strict=True)
     ]
-    count = min([*held_out, cfg.metrics.samples or max(held_out, default=NEIGHBOURS + 1)])
+    asked = [] if cfg.metrics.samples is None else [cfg.metrics.samples]
+    count = min([*held_out, *asked], default=NEIGHBOURS + 1)
     enough = count > NEIGHBOURS
     has = {
         "features": enough,

@@ -103,7 +103,7 @@ class Run:
         more = old["trainer"]["steps"] != new["trainer"]["steps"]
         if (same and not more) or self.step == 0:
             return []
-        if more and self.cfg.optim.restart:
+        if self.cfg.optim.restart:
             task.schedule_start, task.schedule_cap = self.step, 1.0
             return [f"the schedule of the learning rates begins anew at step {self.step}"]
         last = state["task"]["optimizers"]["G"]["param_groups"][0]["lr"]
