@@ -5,7 +5,9 @@
     python -m benchmarks.moves        bytes that the kernels move, counted without a GPU
     python -m benchmarks.host         what one call costs the host
     python -m benchmarks.step         a training step, part by part
+    python -m benchmarks.scaling      several processes: what they send, cost, and would on 64 GPUs
     python -m benchmarks.convert      somebody's model before and after `convert`
+    python -m benchmarks.sync         a batch norm that shares its statistics with another process
     python -m benchmarks.tune         launch plans for this GPU, into kernels/plans.json
     python -m benchmarks.defaults     how good the default runs are over seeds
     python -m benchmarks.norm_study   how well each norm trains: the runs of `study=` as a report
@@ -15,5 +17,6 @@ On a GPU machine:
     pip install -e ".[dev,peers]"
     python -m benchmarks.gpu
 
-norms, moves, host, step and convert write JSON below `benchmarks/results/`, or where --out says.
+norms, moves, host, step, convert, scaling and sync write JSON below `benchmarks/results/`, or where
+--out says.
 """

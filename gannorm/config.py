@@ -5,7 +5,6 @@ its full name.
 """
 
 import re
-from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from gannorm.tasks.losses import LOSSES
 
 # By the key that holds a name: its table. An entry of the first three has a class of its own for
 # the rest of its section.
-TABLES: dict[str, Mapping[str, Any]] = {
+TABLES: dict[str, dict[str, Any]] = {
     "model.name": TASKS,
     "norm.name": NORMS,
     "data.name": DATA,

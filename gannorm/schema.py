@@ -147,8 +147,14 @@ class DataConfig(Section):
     name: str
     image_size: Pixels
     channels: Annotated[Any, AfterValidator(_grey_or_colour)]
-    batch_size: PositiveInt
+    batch_size: PositiveInt  # of each process
+    global_batch_size: PositiveInt | None = None  # of all of them; null: batch_size of each
     num_workers: NonNegativeInt
+
+    @property
+    def whole_batch(self) -> int:
+        """Samples of all processes' batch."""
+        return self.global_batch_size or self.batch_size
 
     @property
     def size(self) -> tuple[int, int]:

@@ -124,7 +124,7 @@ def split_moments_kernel(
 
 
 @triton.jit
-def _merge_moments(
+def merge_moments(
     partial_ptr, index, live, planes, size, total, chunks, loops,
     BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT_S: tl.constexpr,
 ):  # fmt: skip
@@ -166,7 +166,7 @@ def split_merge_kernel(
 ):  # fmt: skip
     n, g0, index, mine = program_sets(sets, DOMAIN, BLOCK_G)
     first = first_elements(x_ptr, stride_n, stride_c, n, g0, planes, sets, DOMAIN, BLOCK_G, DTYPE)
-    offset, square = _merge_moments(
+    offset, square = merge_moments(
         partial_ptr, index, mine, planes, size, total, chunks, loops,
         BLOCK_P, BLOCK_G, BLOCK_S, SPLIT_S,
     )  # fmt: skip
@@ -202,7 +202,7 @@ def split_apply_kernel(
         first = first_elements(
             x_ptr, x_stride_n, x_stride_c, n, g0, planes, sets, DOMAIN, BLOCK_G, DTYPE
         )
-        offset, square = _merge_moments(
+        offset, square = merge_moments(
             partial_ptr, index, mine, planes, size, total, chunks, loops,
             BLOCK_P, BLOCK_G, BLOCK_S, SPLIT_S,
         )  # fmt: skip
@@ -273,7 +273,7 @@ def split_sums_kernel(
 
 
 @triton.jit
-def _mean_grads(
+def mean_grads(
     sums_ptr, weight_ptr, labels_ptr, n, g0, samples, rows, channels, planes, sets, size, parts,
     DOMAIN: tl.constexpr, BLOCK_G: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -307,7 +307,7 @@ def split_reduce_kernel(
     DOMAIN: tl.constexpr, BLOCK_G: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     n, g0, index, mine = program_sets(sets, DOMAIN, BLOCK_G)
-    a, b = _mean_grads(
+    a, b = mean_grads(
         sums_ptr, weight_ptr, labels_ptr, n, g0, samples, rows, channels, planes, sets, size,
         parts, DOMAIN, BLOCK_G, DTYPE,
     )  # fmt: skip
@@ -336,7 +336,7 @@ def split_dx_kernel(
         a = tl.load(means_ptr + index, mask=mine, other=0)
         b = tl.load(means_ptr + total + index, mask=mine, other=0)
     elif sums_ptr is not None:
-        a, b = _mean_grads(
+        a, b = mean_grads(
             sums_ptr, weight_ptr, labels_ptr, n, g0, samples, rows, channels, planes, sets, size,
             parts, DOMAIN, BLOCK_G, DTYPE,
         )  # fmt: skip

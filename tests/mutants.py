@@ -37,6 +37,7 @@ CPU, CPU_C, REAL = (
     f"gannorm/norms/cpu/{name}" for name in ("__init__.py", "norm.c", "norm_real.c")
 )
 TILE, LAUNCH = "kernels/tile.py", "kernels/launch.py"
+SYNC, PIECES, KPIECES = "gannorm/norms/sync.py", "gannorm/norms/pieces.py", "kernels/pieces.py"
 LOOPED = "kernels/looped.py"
 PERSIST, SPLIT, LAYOUT = "kernels/persistent.py", "kernels/split.py", "kernels/layout.py"
 
@@ -66,6 +67,7 @@ LOOP, INSIDE = (
     "test_instance_norm.py -k 'loop and triton'",
     "test_batch_norm.py -k inside_the_table",
 )
+MANY = "test_sync.py -k processes_together"
 BIASED = "test_batch_norm.py -k 'biased and not triton'"
 REFUSE = "test_functional.py -k refusals"
 LAYERS = "test_norms.py"
@@ -74,9 +76,9 @@ LAYERS = "test_norms.py"
 MUTANTS = tuple(Mutant(*m) for m in (
     # statistics, reference
     ("ref one-pass variance", REF, "small.square().mean(2), groups) - (error * unit).square()",
-     "(x * _per_channel(unit, n, c, groups)).square().mean(2), groups) - (mean * unit).square()",
+     "(x * per_channel(unit, n, c, groups)).square().mean(2), groups) - (mean * unit).square()",
      "test_instance_norm.py -k 'offsets and torch'"),
-    ("ref no shift", REF, "centred = x - _per_channel(first, n, c, groups)",
+    ("ref no shift", REF, "centred = x - per_channel(first, n, c, groups)",
      "first, centred = first * 0, x.clone()", "test_instance_norm.py -k 'constant and torch'"),
     ("ref mean error dropped", REF, "+ (offset - part)).detach()",
      "+ (offset - part)).detach() * 0", GAPS + "'ladder and torch'"),
@@ -88,10 +90,21 @@ MUTANTS = tuple(Mutant(*m) for m in (
      "test_inputs.py -k 'magnitude and torch'"),
     ("ref group order", REF, "stat.view(n, groups, 1).expand(n, groups, c // groups)",
      "stat.view(n, 1, groups).expand(n, c // groups, groups)", INST_REF),
-    ("ref dtype of half", REF, "inplace).to(x.dtype), stats", "inplace), stats",
+    ("ref dtype of half", REF, "return y.to(x.dtype), stats", "return y, stats",
      "test_instance_norm.py -k 'half and torch'"),
     ("ref input mutated", REF, "        y = wide - mean", "        y = wide.detach().sub_(mean"
      ".view(1, c, 1)) + 0 * mean", GAPS + "'mutated and torch'"),
+    # several processes
+    ("sync wrong count", PIECES, "counts = everyone[:, :1]", "counts = everyone[:1, :1]", MANY),
+    ("sync own mean", PIECES, "torch.where(counts > 0, means - centre, 0.0)", "means * 0", MANY),
+    ("sync own sums in dx", SYNC, "add(totals, _group", "add(totals.clone(), _group", MANY),
+    ("sync second order", SYNC, "return _Sum.apply(grad, ctx.group)", "return grad", MANY),
+    ("sync None", AUTO, "grads(call.sync is not None)", "grads(False)", MANY),
+    ("sync in evaluation", BASE, "process_group if self.training else None", "process_group", MANY),
+    ("sync C squares", REAL, "var * values_of(p)", "var", MANY),
+    ("parallel part", "gannorm/parallel.py", "parts[:, rank()]", "parts[:, 0]", "test_parallel.py"),
+    ("parallel sum", "gannorm/parallel.py", "flat.div_(world())", "flat", "test_parallel.py"),
+    ("sync kernel bessel", KPIECES, "reciprocal(tl.maximum(count - 1, 1), 1)", "1", MANY),
     # affine and epilogue, reference
     ("ref row 0 for all", REF, "else table[labels])", "else table[labels * 0])",
      "test_instance_norm.py -k 'loop and torch'"),
@@ -112,7 +125,7 @@ MUTANTS = tuple(Mutant(*m) for m in (
     ("ref slope in the gradient", REF, "slope = spec.negative_slope\n", "slope = 0.2\n", INST_REF),
     ("ref silu derivative", REF, "silu_backward.grad_input(dy, pre,",
      "silu_backward.grad_input(dy, -pre,", INST_REF),
-    ("ref no mean term in dx", REF, ".sub_(a).to(x.dtype)", ".to(x.dtype)", INST_REF),
+    ("ref no mean term in dx", REF, ", value=-1).sub_(a)", ", value=-1)", INST_REF),
     ("ref no x_hat term in dx", REF, "x_hat, b, value=-1)", "x_hat, b, value=0)", INST_REF),
     ("ref mean over wrong count", REF, "a = _set_mean((g_sum if row is None else g_sum * row) / s",
      "a = _set_mean((g_sum if row is None else g_sum * row) / (s - 1 + (s == 1))", INST_REF),
@@ -322,7 +335,7 @@ MUTANTS = tuple(Mutant(*m) for m in (
     ("layer evaluates with the batch's", BASE, "mean is None and var is None, 0.0)", "True, 0.0)",
      LAYERS + " -k twins"),
     ("batches not counted", BASE, "count.add_(1)", "count.add_(0)", LAYERS),
-    ("empty batches counted", BASE, "if count is not None and input.numel():",
+    ("empty batches counted", BASE, "if count is not None and (input.numel() or self._shared()):",
      "if count is not None:", "test_layers.py -k not_counted"),
     ("share of the average", BASE, "1.0 / (count + 1)", "1.0 / (count + 2)",
      "test_layers.py -k not_counted"),

@@ -260,3 +260,11 @@ def test_convert(tmp_path: Path):
     (row,) = result(out)["models"]
     assert row["model"] == "resnet50" and 0 < row["share_of_norms"] < 1
     assert min(row[f"{who}_ms"] for who in ("eager", "compiled", "ours")) > 0
+
+
+def test_sync(tmp_path: Path):
+    out = tmp_path / "sync.json"
+    done = run("benchmarks.sync", "--rounds", "3", "--out", out)
+    assert done.returncode == 0, done.stderr
+    found = result(out)
+    assert min(found[f"{way}_us"] for way in ("whole", "apart", "shared")) > 0

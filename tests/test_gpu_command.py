@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from mutants import MUTANTS, copy, mutated
 
 from benchmarks import cases, timing
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import checks, engine, right, stages, table
+from benchmarks.gpu import checks, engine, right, several, stages, table
+from benchmarks.processes import Message
 from gannorm.errors import RequestError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +59,10 @@ def test_every_stage_is_rehearsed(rehearsed):
     assert json.loads((out / "summary.json").read_text())["stages"].keys() == set(command.NAMES)
     assert timing.read(out / "plans.json")
     assert (out / "run" / "cyclegan" / "summary.json").exists()
+    for way in ("one", "two"):
+        summary = json.loads((out / "processes" / f"cyclegan-{way}" / "summary.json").read_text())
+        assert summary["steps"] == several.COMPARED
+    assert "images/s, on two processes" in text
 
 
 @pytest.mark.slow
@@ -272,6 +279,51 @@ def test_without_hydra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
     for name in ("run", "step"):
         assert "hydra-core is not installed" in stage(tmp_path, name)["items"]["all"]["skipped"]
     assert capsys.readouterr().out.count("skipped: hydra-core is not installed; pip install") == 2
+
+
+def test_two_processes_take_two_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Where there is one, the stage says so, costs the others no time, and is no failure."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    asked = Namespace(rehearse=False, minutes=1.0)
+    report = engine.Report("processes", tmp_path / "processes.json", {})
+    command.run_all([report], asked, stages.Context(tmp_path, False))
+    assert report.items == {"all": {"skipped": command.ONE_GPU}}
+    assert report.wrong == {} and command.needed(report) == {}
+    told = table.table([report], {"device": "a card", "versions": {"torch": "1", "triton": "2"}},
+                       stages.Context(tmp_path, False))  # fmt: skip
+    assert told.splitlines()[2:] == [
+        "processes: 0 done, 0 wrong, 1 skipped, 0 s", f"    skipped: {command.ONE_GPU}"
+    ]  # fmt: skip
+    assert command.skipped(stages.STAGES[-1], Namespace(rehearse=True)) is None
+
+
+def test_what_two_processes_get_wrong():
+    c = right.Combination("batch", "fp64", epilogue="leaky_relu")
+    t, expected = right.asked(c, (4, 4, 5, 3), "cpu")
+    whole = right.answer(c, t)
+    gather, reduce = (Counter([Message(k, "double", 9)]) for k in ("all_gather", "all_reduce"))
+
+    def part(own: slice, share: float, **changed: object) -> several.Part:
+        """A process's part of the answer, and its share of the table's gradient."""
+        dx, dw, db = (whole.grads[name] for name in ("x", "weight", "bias"))
+        grads = {"x": dx[own], "weight": share * dw, "bias": share * db}
+        answer = whole._replace(y=whole.y[own], grads=grads)
+        return several.Part(answer, gather, reduce)._replace(**changed)
+
+    first, last = part(slice(3), 0.7), part(slice(3, 4), 0.3)
+    assert several.wrong(c, [first, last], expected, whole) == ""
+    again = part(slice(3, 4), 0.4)
+    assert several.wrong(c, [first, again], expected, whole).startswith("dweight off by 1.0e-01")
+    swapped = several.wrong(c, [part(slice(2), 0.7), part(slice(2), 0.3)], expected, whole)
+    assert "y off by" in swapped and "dx off by" in swapped and "not one GPU's: y off" in swapped
+    moved = last._replace(answer=last.answer._replace(var=whole.var + 1e-9))
+    assert several.wrong(c, [first, moved], expected, whole) == (
+        "running var differs between the processes"
+    )
+    silent, twice = first._replace(backward=Counter()), last._replace(forward=gather + gather)
+    assert several.wrong(c, [silent, twice], expected, whole) == (
+        "backward process 0 sends nothing; forward process 1 sends 2 all_gather"
+    )
 
 
 def test_goals(tmp_path: Path):

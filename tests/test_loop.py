@@ -185,6 +185,9 @@ class Never:
     def evaluate(self, generators, brief=False):
         return Evaluation({"fid": 1.0})
 
+    def share_state(self):
+        pass
+
 
 @pytest.mark.parametrize(
     "model,extra",

@@ -100,10 +100,15 @@ TOOLS = {
         "test_tools.test_freezing_by_the_class",
     ),
     "`convert_sync_batchnorm`, `fuse_conv_bn_eval`, `fuse_linear_bn_eval`": (
-        "work; refuse what torch's norm cannot do (an activation inside, a table of classes)",
+        "work; refuse what torch's norm cannot do (an activation inside, a table of classes), and "
+        "name `convert_sync`",
         "test_tools.test_what_makes_a_batch_norm_anew",
         "test_tools.test_folding_into_a_linear_layer",
-        "test_tools.test_what_would_lose_something_is_refused",
+        "test_tools.test_what_would_lose_something_is_refused", "test_sync.test_convert_sync",
+    ),
+    "DistributedDataParallel over norms of `convert_sync`": (
+        "works: several forward passes, uneven and empty batches, gradient penalties",
+        "sync_checks.under_ddp", "sync_checks.gradient_penalty",
     ),
     "`to_mkldnn`, sparse tensors": (
         "a batch norm becomes oneDNN's, or refuses as above; the others refuse the layout by name",

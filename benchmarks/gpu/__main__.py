@@ -7,6 +7,7 @@ run    60 steps of both default trainings, their losses beside the CPU's
 fast   kernel times beside torch, torch.compile and peers; host cost; growing sizes
 tuned  launch plans for the shapes that missed the goal
 step   both published recipes, step by step, beside unfused networks
+processes   two GPUs: synchronized norms and both default trainings on two processes
 
 Exit code: 0 if all is right, 1 if something is wrong or failed, 2 for a wrong request, 130 when
 interrupted.
@@ -36,6 +37,7 @@ from gannorm.errors import RequestError, answering_requests
 
 NAMES = [stage.name for stage in STAGES]
 HYDRA = ("hydra", "omegaconf", "antlr4", "pydantic")
+ONE_GPU = "two processes take two GPUs, and one is here"
 NO_HYDRA = (
     "hydra-core is not installed; pip install hydra-core, or put its wheels on PYTHONPATH "
     "(docs/gpu.md)"
@@ -116,6 +118,11 @@ def run_all(reports: list[Report], args: argparse.Namespace, context: Context) -
     """Every stage in turn; what one does not use of its share is the others'."""
     end = time.monotonic() + 60 * args.minutes
     todo = [(stage, report) for stage in STAGES for report in reports if report.stage == stage.name]
+    for stage, report in list(todo):
+        if reason := skipped(stage, args):
+            report.items["all"] = {"skipped": reason}
+            report.write()
+            todo.remove((stage, report))
     for number, (stage, report) in enumerate(todo):
         left = max(0.0, end - time.monotonic())
         shares = sum(other.share for other, _ in todo[number:])
@@ -127,13 +134,18 @@ def run_all(reports: list[Report], args: argparse.Namespace, context: Context) -
             report.write()
 
 
+def skipped(stage: Stage, args: argparse.Namespace) -> str | None:
+    """Why a stage cannot be run here."""
+    if stage.name in ("run", "step", "processes") and not all(map(find_spec, HYDRA)):
+        return NO_HYDRA
+    if stage.name == "processes" and not args.rehearse and torch.cuda.device_count() < 2:
+        return ONE_GPU
+    return None
+
+
 def run_one(
     stage: Stage, report: Report, args: argparse.Namespace, context: Context, deadline: float
 ) -> None:
-    if stage.name in ("run", "step") and not all(map(find_spec, HYDRA)):
-        report.items["all"] = {"skipped": NO_HYDRA}
-        report.write()
-        return
     workers = 1
     if stage.many:
         workers = 2 if args.rehearse else max(1, min(MOST_WORKERS, (os.cpu_count() or 2) - 1))

@@ -139,12 +139,15 @@ def inputs(c: Combination, shape: tuple[int, ...], device: str) -> Inputs:
     return made
 
 
-def ours(c: Combination, t: Inputs) -> Tensor:
+def ours(c: Combination, t: Inputs, group: str | None = None) -> Tensor:
+    """group: of processes that a batch norm is over."""
     activation, _, after = EPILOGUES[c.epilogue]
     e: dict[str, Any] = {
         "activation": activation, "negative_slope": SLOPE, "residual": t.residual,
         "residual_after_activation": after,
     }  # fmt: skip
+    if group is not None:
+        e["process_group"] = group
     own, x, affine = c.plan != "given", t.x, (t.weight, t.bias)
     if c.norm in ("instance", "instance_affine"):
         return G.instance_norm(x, t.mean, t.var, *affine, own, MOMENTUM, EPS, **e)
@@ -269,13 +272,19 @@ def same(a: Answer, b: Answer) -> str:
     return f"{', '.join(differ)} differ" if differ else ""
 
 
+def asked(c: Combination, shape: tuple[int, ...], device: str) -> tuple[Inputs, Answer]:
+    """Inputs, and what is right for them."""
+    t = inputs(c, shape, device)
+    expected = oracle(c, t)
+    if expected.inner is not None and EPILOGUES[c.epilogue][0]:
+        t.dy = t.dy.masked_fill(expected.inner.to(device).abs() < KINK, 0.0)
+    return t, expected
+
+
 def check(c: Combination, device: str, shapes: tuple[tuple[int, ...], ...]) -> str:
     """What is wrong with a combination, in words; both shapes are tried."""
     for shape in shapes:
-        t = inputs(c, shape, device)
-        expected = oracle(c, t)
-        if expected.inner is not None and EPILOGUES[c.epilogue][0]:
-            t.dy = t.dy.masked_fill(expected.inner.to(device).abs() < KINK, 0.0)
+        t, expected = asked(c, shape, device)
         with planned(c.plan):
             found, again = answer(c, t), answer(c, t)
         words = faults(c, found, expected)

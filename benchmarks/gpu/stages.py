@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -194,26 +195,23 @@ class Stage:
     many: bool = False  # workers, where nothing is timed
 
 
-def _whole(name: str) -> Any:
+def _later(module: str, name: str) -> Any:
     """Items and runs of the stages that need Hydra, which the others are to be had without."""
 
     def items(context: Context) -> list[str]:
-        from benchmarks.gpu import whole
-
-        return getattr(whole, f"{name}_items")(context)
+        return getattr(import_module(f"benchmarks.gpu.{module}"), f"{name}_items")(context)
 
     def run(item: str, context: Context) -> Result:
-        from benchmarks.gpu import whole
-
-        return getattr(whole, f"run_{name}")(item, context)
+        return getattr(import_module(f"benchmarks.gpu.{module}"), f"run_{name}")(item, context)
 
     return items, run
 
 
 STAGES = (
     Stage("right", 3.0, 150.0, right_items, run_right, many=True),
-    Stage("run", 2.5, 120.0, *_whole("run")),
+    Stage("run", 2.5, 120.0, *_later("whole", "run")),
     Stage("fast", 3.5, 150.0, fast_items, run_fast),
     Stage("tuned", 1.0, 90.0, tuned_items, run_tuned),
-    Stage("step", 2.0, 150.0, *_whole("step")),
+    Stage("step", 2.0, 150.0, *_later("whole", "step")),
+    Stage("processes", 2.0, 240.0, *_later("several", "processes")),
 )

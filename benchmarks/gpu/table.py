@@ -125,10 +125,21 @@ def _step(report: Report, context: stages.Context) -> list[str]:
     return lines
 
 
+def _processes(report: Report, context: stages.Context) -> list[str]:
+    return [
+        f"    {name}: {rates['one']:.0f} images/s, on two processes {rates['two']:.0f} "
+        f"({rates['two'] / rates['one']:.2f}x); first losses {_losses(result['losses_one'])}, on "
+        f"two {_losses(result['losses'])}"
+        for name, result in report.items.items()
+        if (rates := result.get("images_per_second"))
+    ]
+
+
 SHOW = {
     "right": lambda report, context: [],
     "run": _run,
     "fast": _fast,
     "tuned": _tuned,
     "step": _step,
+    "processes": _processes,
 }

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -82,14 +83,17 @@ def run_items(context: Context) -> list[str]:
     return list(SMALL)
 
 
+def shortened(name: str, steps: int, context: Context) -> list[str]:
+    """A default training of `steps` steps, each of them logged."""
+    every = [f"trainer.{what}_every={steps}" for what in ("eval", "sample", "checkpoint")]
+    which = SMALL[name] if context.rehearsed else SMALL[name][:1]
+    return [*which, f"trainer.steps={steps}", "trainer.log_every=1", *every]
+
+
 def run_run(name: str, context: Context) -> Result:
     """A default training through `train`: its first losses beside the CPU's, its speed."""
     folder, steps = context.out / "run" / name, 3 if context.rehearsed else STEPS
-    overrides = [
-        *(SMALL[name] if context.rehearsed else SMALL[name][:1]), f"trainer.steps={steps}",
-        "trainer.log_every=1", f"trainer.eval_every={steps}", f"trainer.sample_every={steps}",
-        f"trainer.checkpoint_every={steps}",
-    ]  # fmt: skip
+    overrides = shortened(name, steps, context)
     shutil.rmtree(folder, ignore_errors=True)  # an earlier run's: `train` would not overwrite it
     compared = min(COMPARED, steps)
     with initialize_config_dir(str(step.CONF), version_base="1.3"):
@@ -100,21 +104,27 @@ def run_run(name: str, context: Context) -> Result:
     with drawn_on_the_cpu(), little(context.rehearsed):
         summary = train(raw, folder)
         expected = first_losses(beside, compared)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    logged = [line for line in lines if "speed/images_per_second" in line]
-    found = [
-        {k.removeprefix("loss/"): v for k, v in line.items() if k.startswith("loss/")}
-        for line in logged[:compared]
-    ]
-    speeds = [line["speed/images_per_second"] for line in logged[len(logged) // 2 :]]
+    found, speed = logged(folder, compared)
     return {
         "wrong": disagreement(found, expected),
-        "images_per_second": statistics.median(speeds),
+        "images_per_second": speed,
         "seconds": summary["training_seconds"],
         "losses": found,
         "losses_cpu": expected,
         "quality": summary["quality"],
     }
+
+
+def logged(folder: Path, steps: int) -> tuple[list[dict[str, float]], float]:
+    """A run's losses in its first steps, and images/s in its second half."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    logs = [line for line in lines if "speed/images_per_second" in line]
+    losses = [
+        {k.removeprefix("loss/"): v for k, v in line.items() if k.startswith("loss/")}
+        for line in logs[:steps]
+    ]
+    speeds = [line["speed/images_per_second"] for line in logs[len(logs) // 2 :]]
+    return losses, statistics.median(speeds)
 
 
 def first_losses(raw: Any, steps: int) -> list[dict[str, float]]:
@@ -138,14 +148,16 @@ def first_losses(raw: Any, steps: int) -> list[dict[str, float]]:
     return found
 
 
-def disagreement(found: list[dict[str, float]], expected: list[dict[str, float]]) -> str:
-    """The first loss that is not finite, or not what the CPU's is, in words."""
+def disagreement(
+    found: list[dict[str, float]], expected: list[dict[str, float]], where: str = "on the CPU"
+) -> str:
+    """The first loss that is not finite, or not what it is elsewhere, in words."""
     for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         relative, absolute = LATER if number else FIRST
         for name, value in theirs.items():
             got = ours.get(name, math.nan)
             if not abs(got - value) <= relative * abs(value) + absolute:
-                return f"step {number + 1}: {name} is {got:.4g}, on the CPU {value:.4g}"
+                return f"step {number + 1}: {name} is {got:.4g}, {where} {value:.4g}"
     return ""
 
 

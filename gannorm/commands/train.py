@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -11,6 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gannorm import config, parallel
 from gannorm.commands.composition import CONF, spelled_out
 from gannorm.config import explain_composition
 from gannorm.errors import RequestError, answering_requests
@@ -18,11 +20,27 @@ from gannorm.study.members import register
 from gannorm.training.loop import train
 from gannorm.training.request import run_folder
 
+# What this process has and a launcher's fresh one lacks. The launchers of joblib and submitit
+# pickle the function below by value, and with it this.
+_SENT: dict[str, Any] = {}
+
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def _main(cfg: DictConfig) -> None:
-    with answering_requests():
-        train(cfg, Path(HydraConfig.get().runtime.output_dir))
+    for key, table in _SENT["tables"].items():  # a script's own entries
+        for name, entry in table.items():
+            config.TABLES[key].setdefault(name, entry)
+    sys.argv = _SENT["argv"]  # which the run's folder tells
+    chosen = HydraConfig.get()
+    if chosen.runtime.choices["hydra/launcher"] == "basic":
+        with answering_requests(), parallel.failing_together():
+            train(cfg, Path(chosen.runtime.output_dir))
+        return
+    try:
+        train(cfg, Path(chosen.runtime.output_dir))
+    except RequestError as error:  # said now; raised, it is the sweep's answer when the others end
+        print(f"error: {error}", file=sys.stderr)
+        raise
 
 
 def main() -> None:
@@ -33,7 +51,15 @@ def main() -> None:
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
     register()
     sys.argv[1:] = spelled_out(sys.argv[1:])
-    with answering_requests():
+    _SENT.update(argv=sys.argv, tables=config.TABLES)
+    with answering_requests(), parallel.joined_processes(), parallel.failing_together():
+        if parallel.world() > 1 and {"-m", "--multirun"} & set(sys.argv):
+            raise RequestError(
+                "--multirun makes a run of each choice, and torchrun one of all its processes; "
+                "call torchrun for each run"
+            )
+        if not parallel.leads():
+            sys.argv.append("hydra.output_subdir=null")  # the first process writes
         try:
             _main()
         except (HydraException, OmegaConfBaseException) as error:

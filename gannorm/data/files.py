@@ -67,33 +67,44 @@ class Files:
         return not self.augment and self.cfg.preprocess in ("resize_and_crop", "none")
 
     def fetch(self, index: list[int], generator: torch.Generator) -> Batch:
-        images = np.stack([self._image(i, generator) for i in index])
+        return self.fetch_part(index, generator, slice(None))
+
+    def fetch_part(self, index: list[int], generator: torch.Generator, own: slice) -> Batch:
+        """The images `own` of `fetch`; the others are drawn for and not read."""
+        crops = [self._crop(i, generator) for i in index]
+        images = np.stack(list(map(self._image, index[own], crops[own])))
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
         batch = {"image": pixels.contiguous().float().div_(127.5).sub_(1)}
         if self.labels is not None:
-            batch["label"] = torch.tensor([self.labels[i] for i in index])
+            batch["label"] = torch.tensor([self.labels[i] for i in index[own]])
         return batch
 
-    def _image(self, i: int, generator: torch.Generator) -> np.ndarray:
+    def _crop(self, i: int, generator: torch.Generator) -> tuple[int, int, bool]:
+        """Top, left, and whether it is mirrored."""
+        cfg, top, left = self.cfg, 0, 0
+        if cfg.preprocess != "none" and not self.whole:
+            sizes = zip(scaled_size(self.files[i].size, cfg), cfg.size, strict=True)
+            rooms = [scaled - size for scaled, size in sizes]
+            top, left = (room // 2 for room in rooms)
+            if self.augment:
+                top, left = (
+                    int(torch.randint(room + 1, (), generator=generator)) for room in rooms
+                )
+        mirrored = self.augment and cfg.flip and torch.rand((), generator=generator) < 0.5
+        return top, left, bool(mirrored)
+
+    def _image(self, i: int, crop: tuple[int, int, bool]) -> np.ndarray:
         """uint8 (H, W, C), a view where the pixels are kept."""
-        cfg, file = self.cfg, self.files[i]
+        cfg, file, (top, left, mirrored) = self.cfg, self.files[i], crop
         if self.whole:
             return scaled(file.path, self.channels, cfg.size)
         image = None if self.pixels is None else self.pixels.read(i)
         if image is None:
             image = scaled(file.path, self.channels, scaled_size(file.size, cfg))
         if cfg.preprocess != "none":
-            (height, width), (h, w, _) = cfg.size, image.shape
-            top, left = (h - height) // 2, (w - width) // 2
-            if self.augment:
-                top, left = (
-                    int(torch.randint(room + 1, (), generator=generator))
-                    for room in (h - height, w - width)
-                )
+            height, width = cfg.size
             image = image[top : top + height, left : left + width]
-        if self.augment and cfg.flip and torch.rand((), generator=generator) < 0.5:
-            image = image[:, ::-1]
-        return image
+        return image[:, ::-1] if mirrored else image
 
     def digest(self) -> str:
         cfg = self.cfg

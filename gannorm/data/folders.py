@@ -3,6 +3,7 @@
 import os
 from contextlib import suppress
 from pathlib import Path
+from socket import gethostname
 
 from gannorm.data.digest import digest
 from gannorm.data.files import Files, Pixels, scaled, scaled_size, too_small
@@ -131,7 +132,7 @@ def _pixels(files: list[Checked], cfg: FolderConfig, channels: int) -> Pixels | 
 
 def _write(kept: Pixels, files: list[Checked], sizes: list[tuple[int, int]], channels: int) -> None:
     kept.path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = kept.path.with_suffix(f".{os.getpid()}.partial")
+    partial_path = kept.path.with_suffix(f".{gethostname()}.{os.getpid()}.partial")
 
     def pixels(i: int) -> bytes:
         return scaled(files[i].path, channels, sizes[i]).tobytes()

@@ -1,7 +1,7 @@
 """What training data is made of."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,15 @@ class Source(Protocol):
 
     def digest(self) -> str:
         """A word for the content: of all that `fetch` depends on but its arguments."""
+        ...
+
+
+@runtime_checkable
+class PartialSource(Source, Protocol):
+    """A source whose samples are dear."""
+
+    def fetch_part(self, index: list[int], generator: torch.Generator, own: slice) -> Batch:
+        """The samples `own` of those that `fetch` returns; no other is made."""
         ...
 
 

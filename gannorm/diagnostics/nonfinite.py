@@ -11,14 +11,21 @@ class _Found(Exception):
     pass
 
 
-def first_nonfinite(networks: Mapping[str, nn.Module], step: Callable[[], Any]) -> str | None:
-    """Where NaN or infinity first appears while `step()` runs, in words; None if nowhere.
+def first_nonfinite(
+    networks: Mapping[str, nn.Module], step: Callable[[], Any]
+) -> tuple[int, str] | None:
+    """Where NaN or infinity first appears while `step()` runs: behind how many tensors without
+    them, and in words; None if nowhere.
 
     Looks at every module's output on the way forward and at its gradient on the way back. The
     networks are of no use afterwards.
     """
 
+    seen = 0
+
     def look(name: str, value: Tensor, backward: bool = False) -> None:
+        nonlocal seen
+        seen += 1
         if not value.isfinite().all():
             what = "the gradient that arrives at" if backward else "the output of"
             raise _Found(f"{what} {name}")
@@ -27,7 +34,7 @@ def first_nonfinite(networks: Mapping[str, nn.Module], step: Callable[[], Any]) 
         try:
             step()
         except _Found as place:
-            return str(place)
+            return seen, str(place)
     return None
 
 

@@ -73,7 +73,7 @@ class ReferenceSet:
             return [None if v is None else v.cpu() for v in Observations.joined(parts).values()]
 
         values = cached(cache, f"features-{key}", make)
-        return Observations(*(None if v is None else v.to(self.device) for v in values))  # type: ignore[arg-type]
+        return Observations(*values).to(self.device)
 
     def nearest(self, features: Tensor, count: int) -> Tensor:
         """The `count` real images (all, if fewer) nearest to each of features (N, D):

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from gannorm.data import Source, batches
 from gannorm.data.digest import digest
 from gannorm.errors import RequestError
+from gannorm.parallel import forked_rng
 
 STEPS, BATCH_SIZE, LEARNING_RATE = 250, 64, 2e-3
 FEATURES = 64
@@ -159,7 +161,7 @@ def train_embedded(
     Returns it in evaluation mode.
     """
     channels = source.fetch([0], torch.Generator())["image"].shape[1]
-    with torch.random.fork_rng():
+    with forked_rng():
         torch.manual_seed(seed)
         net = Embedded(channels, num_classes).to(device)
         optimizer = torch.optim.AdamW(net.parameters(), LEARNING_RATE, weight_decay=0.01)
@@ -185,7 +187,7 @@ def train_turns(source: Source, device: torch.device, seed: int = SEED) -> Turns
     side = min(parts[0].shape[-2:])
     top, left = ((length - side) // 2 for length in parts[0].shape[-2:])
     seen = torch.cat(parts)[..., top : top + side, left : left + side].to(device)
-    with torch.random.fork_rng():
+    with forked_rng():
         torch.manual_seed(seed)
         net = Turns(seen.shape[1]).to(device)
         optimizer = torch.optim.AdamW(net.parameters(), LEARNING_RATE, weight_decay=0.01)
@@ -241,7 +243,9 @@ def cached(folder: Path, name: str, make: Callable[[], Any]) -> Any:
         with suppress(Exception):
             return torch.load(path, map_location="cpu", weights_only=True)
     made = make()
-    partial = path.with_suffix(f".{os.getpid()}.partial")  # another run may make the same
+    partial = path.with_suffix(
+        f".{gethostname()}.{os.getpid()}.partial"
+    )  # another run may make the same
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(made, partial)

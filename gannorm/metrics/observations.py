@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from gannorm import parallel
+
 
 @dataclass
 class Observations:
@@ -24,6 +26,15 @@ class Observations:
 
     def values(self) -> list[Tensor | None]:
         return [getattr(self, field.name) for field in fields(self)]
+
+    def to(self, device: torch.device) -> "Observations":
+        return Observations(*(None if v is None else v.to(device) for v in self.values()))  # type: ignore[arg-type]
+
+    @classmethod
+    def of_all(cls, parts: Iterable["Observations"], device: torch.device) -> "Observations":
+        """All processes' parts, joined in their order."""
+        sent = parallel.joined([part.to(parallel.CPU) for part in parts])
+        return cls.joined(sent).to(device)
 
     @classmethod
     def joined(cls, parts: Iterable["Observations"]) -> "Observations":

@@ -4,11 +4,26 @@ Where a norm has its activation fused in, an `nn.Identity` holds the activation'
 `nn.Sequential`, so that the state_dict keys are the reference's.
 """
 
+from functools import partial
+
+import torch
 from torch import Tensor, nn
 
+from gannorm import parallel
 from gannorm.models.convolution import Conv2d
 from gannorm.models.norm_factory import NormFactory, apply_norm
 from gannorm.models.resblock import add_spectral_norm
+
+
+class Dropout(nn.Dropout):
+    """torch's, drawn for the samples of all processes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * parallel.drawn(partial(self._draw, x), len(x)) if self.training else x
+
+    def _draw(self, x: Tensor, count: int) -> Tensor:
+        kept = torch.rand(count, *x.shape[1:], device=x.device) >= self.p
+        return kept.to(x.dtype) / (1 - self.p)
 
 
 class ResnetBlock(nn.Module):
@@ -22,7 +37,7 @@ class ResnetBlock(nn.Module):
             nn.Conv2d(channels, channels, 3, bias=bias),
             norm(channels, activation="relu"),
             nn.Identity(),
-            *([nn.Dropout(0.5)] if dropout else []),
+            *([Dropout(0.5)] if dropout else []),
             nn.ReflectionPad2d(1),
             nn.Conv2d(channels, channels, 3, bias=bias),
             norm(channels),

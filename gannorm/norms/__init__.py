@@ -1,7 +1,7 @@
 """The norm library: layers, ops, `convert`. It needs torch, and Triton for its GPU kernels."""
 
 from gannorm.norms.backend import use_backend
-from gannorm.norms.convert import convert
+from gannorm.norms.convert import convert, convert_sync
 from gannorm.norms.layers import (
     BatchNorm1d,
     BatchNorm2d,
@@ -27,5 +27,6 @@ __all__ = [
     "InstanceNorm3d",
     "LayerNorm2d",
     "convert",
+    "convert_sync",
     "use_backend",
 ]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gannorm.norms import composed
+from gannorm.norms import composed, sync
 from gannorm.norms.composed import NormSpec
 
 Tensors = tuple[Tensor | None, ...]
@@ -38,6 +38,7 @@ class Call(NamedTuple):
     return_stats: bool = False  # the statistics too: compiled code moves the running ones outside
     portable: bool = False  # by torch's own operators
     biased: bool = False  # the running variance
+    sync: Any = None  # what runs it with other processes, `sync.Synced`
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, labels: Tensor | None,
@@ -52,6 +53,8 @@ class Call(NamedTuple):
             if self.running and not self.launches.moves:
                 composed.update_running((mean, var, momentum, self.bessel), stats)
             return y, stats
+        if self.sync is not None:
+            return self.sync.forward(x, weight, bias, labels, residual, moments)
         given = (mean, var) if self.given else None
         running = (
             (mean, var, momentum, self.bessel) if self.running and not self.return_stats else None
@@ -65,6 +68,8 @@ class Call(NamedTuple):
         """dx, dweight, dbias and, where the residual was given, its gradient."""
         if self.launches is not None:
             return self.launches.backward(dy, x, weight, bias, labels, residual, stats, need_dx)
+        if self.sync is not None and need_dx:
+            return self.sync.backward(dy, x, weight, bias, labels, residual, stats)
         return self.backend.backward(
             dy, x, weight, bias, labels, residual, stats, self.spec, self.given, need_dx
         )
@@ -88,7 +93,8 @@ class _NormBackward(torch.autograd.Function):
     ) -> Tensors:
         ctx.save_for_backward(dy, x, weight, bias, residual, labels, stats)
         ctx.call = call
-        ctx.set_materialize_grads(False)
+        # With others even zeros are differentiated: they may have more, and wait.
+        ctx.set_materialize_grads(call.sync is not None)
         dx, dweight, dbias, g = call.backward(dy, x, weight, bias, labels, residual, stats, need_dx)
         return dx, dweight, dbias, None if residual is None else g
 
@@ -108,8 +114,11 @@ class _NormBackward(torch.autograd.Function):
             ]  # fmt: skip
             dy, x, weight, bias, residual = twins
             assert dy is not None and x is not None
-            given = (stats[0], stats[3]) if call.given else None
-            y, _ = composed.forward(x, weight, bias, labels, residual, given, call.spec)
+            if call.sync is not None:
+                y = call.sync.composition(x, weight, bias, labels, residual, stats)
+            else:
+                given = (stats[0], stats[3]) if call.given else None
+                y, _ = composed.forward(x, weight, bias, labels, residual, given, call.spec)
             pairs = zip((x, weight, bias, residual), grads, strict=True)
             wanted = [(t, g) for t, g in pairs if t is not None and g is not None]
             first = torch.autograd.grad(y, [t for t, _ in wanted], dy, create_graph=True)
@@ -129,6 +138,8 @@ def _composed_backward(
     residual: Tensor | None, stats: Tensor, call: Call,
 ) -> Tensors:  # fmt: skip
     """The first derivatives from torch ops alone, each of which can be batched over dy."""
+    if call.sync is not None:
+        raise RuntimeError(sync.ALONE)
     x = x.detach().requires_grad_()
     weight, bias, residual = (
         None if t is None else t.detach().requires_grad_() for t in (weight, bias, residual)

@@ -6,12 +6,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gannorm.errors import RequestError
-from gannorm.norms import composed, cpu
+from gannorm.norms import composed, cpu, pieces
+from gannorm.norms.cpu import pieces as cpu_pieces
 
 BACKENDS = ("auto", "triton", "cpu", "torch")
 HAS_TRITON = find_spec("triton") is not None
@@ -104,3 +106,14 @@ def module_for(x: Tensor) -> ModuleType:
     import gannorm.kernels as kernels
 
     return kernels
+
+
+def parts_for(tensors: tuple[Tensor | None, ...], spec: composed.NormSpec) -> Any:
+    """What runs this process's part of a call with others on `tensors` (as `_decide` has them):
+    the same for an empty x, so that statistics are merged to the same bits everywhere."""
+    x = tensors[0]
+    assert x is not None
+    backend = module_for(x if x.numel() else x.new_empty(1))
+    if backend is composed:
+        return pieces
+    return cpu_pieces if backend is cpu else backend.parts(tensors, spec)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gannorm.norms import sync
 from gannorm.norms.checks import (
     ACTIVATIONS,
     DEGENERATE,
@@ -18,7 +19,12 @@ from gannorm.norms.composed import NormSpec, finish, is_recomputed
 
 # Where torch makes a batch norm anew: SyncBatchNorm, folding, oneDNN's layer.
 REBUILDERS = ("torch.nn.modules.batchnorm", "torch.nn.utils.fusion", "torch.utils.mkldnn")
-SETTINGS = ("weight_init", "var_estimator", "degenerate")  # in the repr where not the default
+SETTINGS = (
+    "weight_init",
+    "var_estimator",
+    "degenerate",
+    "process_group",
+)  # in the repr where not the default
 
 
 @dataclass(frozen=True)
@@ -136,10 +142,11 @@ class UntrackedLayer(NormLayer):
 
 
 class BatchLayer(NormLayer):
-    """Running statistics of a batch norm."""
+    """Running statistics of a batch norm, and with whom it shares those of a batch."""
 
     var_estimator = "unbiased"
     degenerate = "raise"
+    process_group: str | None = None  # as in `batch_norm`, by name; see `gannorm.convert_sync`
     _eps: float  # for ourselves: torch 2.11's compiler cannot look past the property
     momentum: float | None
     track_running_stats: bool
@@ -174,13 +181,21 @@ class BatchLayer(NormLayer):
                 raise RuntimeError(
                     f"{self}: torch would make it anew as a batch norm of its own, and lose "
                     f"{what}. Keep this norm, or take one without it (an activation can stand "
-                    "behind the norm as a module of its own)"
+                    "behind the norm as a module of its own); gannorm.convert_sync makes it one of "
+                    "several processes as it is"
                 )
 
     def _extend_batch(self, var_estimator: str, degenerate: str) -> None:
         check_choice("var_estimator", var_estimator, VAR_ESTIMATORS)
         check_choice("degenerate", degenerate, DEGENERATE)
         self.var_estimator, self.degenerate = var_estimator, degenerate
+
+    def _with(self) -> str | None:
+        """`process_group` for a call: evaluation communicates with nobody."""
+        return self.process_group if self.training else None
+
+    def _shared(self) -> bool:
+        return self.process_group is not None and sync.resolved(self.process_group) is not None
 
     def _on_running_stats(
         self,
@@ -189,7 +204,7 @@ class BatchLayer(NormLayer):
     ) -> Tensor:
         """run(running_mean, running_var, training, momentum); a batch it refuses is not counted.
 
-        An empty batch moves no statistics and is not counted either.
+        An empty batch moves no statistics and is not counted either, unless others have the rest.
         """
         mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
         if not self.training:
@@ -205,7 +220,7 @@ class BatchLayer(NormLayer):
             share = 1.0 / (count + 1)
             for running, new in zip((mean, var), batch, strict=True):
                 running.lerp_(new, share.to(running.dtype))
-        if count is not None and input.numel():
+        if count is not None and (input.numel() or self._shared()):
             count.add_(1)
         return y
 

@@ -105,7 +105,7 @@ def shaped(t: Tensor, like: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(t, like.shape)
 
 
-def _per_channel(stat: Tensor, n: int, c: int, groups: int) -> Tensor:
+def per_channel(stat: Tensor, n: int, c: int, groups: int) -> Tensor:
     """Statistics (C,) or (N, groups) as (N, C, 1) or (1, C, 1)."""
     if groups == 0:
         return stat.view(1, c, 1)
@@ -134,33 +134,42 @@ def statistics(x: Tensor, spec: NormSpec) -> tuple[Tensor, Tensor]:
     wrong. Squares that float32 cannot hold are taken at 2^-80, so that the scale is right wherever
     the sum over a plane fits; their variance itself is infinite.
     """
-    n, c, s = x.shape
-    groups = spec.groups
+    n, c, _ = x.shape
     if x.numel() == 0:
-        return x.new_zeros((4, c) if groups == 0 else (4, n, groups)), x.clone()
+        return x.new_zeros((4, n, spec.groups) if spec.groups else (4, c)), x.clone()
+    mean, error, scaled, unit, centred = spread(x, spec.groups)
+    if unit is None:
+        var = scaled
+        rstd = (var + spec.eps).rsqrt()
+    else:
+        rstd = ((scaled.double() + spec.eps * unit.double().square()).rsqrt() * unit).to(x.dtype)
+        var = scaled / unit / unit
+    return torch.stack((mean, error, rstd, var)), centred
+
+
+def spread(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Every set's mean and its rounding error, variance * unit^2, that unit, x - mean."""
+    n, c, _ = x.shape
     first = (x[0, :, 0] if groups == 0 else x[:, :: c // groups, 0]).detach()
-    centred = x - _per_channel(first, n, c, groups)
+    centred = x - per_channel(first, n, c, groups)
     offset = _set_mean(centred.mean(2), groups)
     mean = first + offset
     part = mean - first
     error = ((first - (mean - part)) + (offset - part)).detach()
     if may_overwrite():
-        torch.sub(x, _per_channel(mean, n, c, groups), out=centred)
+        torch.sub(x, per_channel(mean, n, c, groups), out=centred)
     else:
-        centred = x - _per_channel(mean, n, c, groups)
+        centred = x - per_channel(mean, n, c, groups)
     ends = centred.detach()
     power = torch.maximum(ends.amax(2), -ends.amin(2))  # (N, C), without a copy of their size
     power = power.view(n, groups, -1).amax(2) if groups else power.amax(0)
     unit = torch.where(power > 2.0**60, 2.0**-80, 1.0) if x.dtype == torch.float32 else None
     if unit is None:
-        var = _set_mean(centred.square().mean(2), groups) - error.square()
-        rstd = (var + spec.eps).rsqrt()
+        scaled = _set_mean(centred.square().mean(2), groups) - error.square()
     else:
-        small = centred * _per_channel(unit, n, c, groups)
+        small = centred * per_channel(unit, n, c, groups)
         scaled = _set_mean(small.square().mean(2), groups) - (error * unit).square()
-        rstd = ((scaled.double() + spec.eps * unit.double().square()).rsqrt() * unit).to(x.dtype)
-        var = scaled / unit / unit
-    return torch.stack((mean, error, rstd, var)), centred
+    return mean, error, scaled, unit, centred
 
 
 def forward(
@@ -186,9 +195,7 @@ def _forward(
     residual: Tensor | None, given: Given | None, spec: NormSpec,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`forward` of (N, C, S)."""
-    n, c, _ = x.shape
-    dtype = stat_dtype(x.dtype)
-    inplace = may_overwrite()
+    c, dtype = x.shape[1], stat_dtype(x.dtype)
     wide = x.to(dtype)
     if given is None:
         stats, y = statistics(wide, spec)
@@ -197,12 +204,23 @@ def _forward(
         rstd = (var.double() + spec.eps).rsqrt().to(dtype)
         stats = torch.stack((mean, torch.zeros_like(mean), rstd, var))
         y = wide - mean.view(1, c, 1)
-    scale = _per_channel(stats[2], n, c, spec.groups)
+    y = applied(y, stats, weight, bias, labels, residual, given, spec)
+    return y.to(x.dtype), stats
+
+
+def applied(
+    y: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, labels: Tensor | None,
+    residual: Tensor | None, given: Given | None, spec: NormSpec,
+) -> Tensor:  # fmt: skip
+    """y, which is x - mean (N, C, S), scaled, shifted and through the epilogue."""
+    n, c, _ = y.shape
+    dtype, inplace = y.dtype, may_overwrite()
+    scale = per_channel(stats[2], n, c, spec.groups)
     gain, shift = table_rows(weight, labels, dtype), table_rows(bias, labels, dtype)
     if gain is not None:
         scale = scale * gain
     if given is None:  # the mean's error is too small to cancel, so it may go into the bias
-        correction = _per_channel(stats[1].detach(), n, c, spec.groups) * scale
+        correction = per_channel(stats[1].detach(), n, c, spec.groups) * scale
         shift = -correction if shift is None else shift - correction
     if shift is None:
         y = y.mul_(scale) if inplace else y * scale
@@ -210,7 +228,7 @@ def _forward(
         torch.addcmul(shift, y, scale, out=y)
     else:
         y = torch.addcmul(shift, y, scale)
-    return finish(y, residual, spec, inplace).to(x.dtype), stats
+    return finish(y, residual, spec, inplace)
 
 
 def finish(y: Tensor, residual: Tensor | None, spec: NormSpec, inplace: bool) -> Tensor:
@@ -269,9 +287,32 @@ def _backward(
     residual: Tensor | None, stats: Tensor, spec: NormSpec, given: bool, need_dx: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     """`backward` of (N, C, S)."""
-    n, c, s = x.shape
+    s = x.shape[2]
+    x_hat, g, gain, rstd, g_sum, gx_sum = gradient_sums(
+        dy, x, weight, bias, labels, residual, stats, spec
+    )
+    dx = None
+    if need_dx and given:
+        dx = (g * (rstd if gain is None else rstd * gain)).to(x.dtype)
+    elif need_dx:
+        row = None if gain is None else gain.squeeze(-1)
+        a = _set_mean((g_sum if row is None else g_sum * row) / s, spec.groups)
+        b = _set_mean((gx_sum if row is None else gx_sum * row) / s, spec.groups)
+        dx = input_gradient(g, x_hat, gain, rstd, a, b, spec).to(x.dtype)
+    dweight = table_grad(gx_sum, weight, labels)
+    dbias = table_grad(g_sum, bias, labels)
+    return dx, dweight, dbias, g.to(dy.dtype)
+
+
+def gradient_sums(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, labels: Tensor | None,
+    residual: Tensor | None, stats: Tensor, spec: NormSpec,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
+    """x_hat and g (N, C, S), the gain of each plane, rstd, and the sums of g and of g * x_hat over
+    each plane (N, C)."""
+    n, c, _ = x.shape
     dtype = stat_dtype(x.dtype)
-    mean, error, rstd = (_per_channel(t, n, c, spec.groups) for t in stats[:3])
+    mean, error, rstd = (per_channel(t, n, c, spec.groups) for t in stats[:3])
     x_hat = (x.to(dtype) - mean).sub_(error).mul_(rstd)
     gain, shift = table_rows(weight, labels, dtype), table_rows(bias, labels, dtype)
     g = dy.to(dtype)
@@ -282,23 +323,19 @@ def _backward(
         if residual is not None:
             pre = pre + residual
         g = activation_grad(g, pre, spec)
-    # One reduction serves dx, dweight and dbias: sum(g) and sum(g * x_hat) per plane, (N, C).
-    g_sum = g.sum(2)
-    gx_sum = (g * x_hat).sum(2)
-    dx = None
-    if need_dx:
-        scale = rstd if gain is None else rstd * gain
-        if given:
-            dx = (g * scale).to(x.dtype)
-        else:
-            row = None if gain is None else gain.squeeze(-1)
-            a = _set_mean((g_sum if row is None else g_sum * row) / s, spec.groups)
-            b = _set_mean((gx_sum if row is None else gx_sum * row) / s, spec.groups)
-            a, b = (_per_channel(t, n, c, spec.groups) * rstd for t in (a, b))
-            dx = torch.addcmul(g * scale, x_hat, b, value=-1).sub_(a).to(x.dtype)
-    dweight = table_grad(gx_sum, weight, labels)
-    dbias = table_grad(g_sum, bias, labels)
-    return dx, dweight, dbias, g.to(dy.dtype)
+    # One reduction serves dx, dweight and dbias.
+    return x_hat, g, gain, rstd, g.sum(2), (g * x_hat).sum(2)
+
+
+def input_gradient(
+    g: Tensor, x_hat: Tensor, gain: Tensor | None, rstd: Tensor, a: Tensor, b: Tensor,
+    spec: NormSpec,
+) -> Tensor:  # fmt: skip
+    """a, b: means over each set of gain * g and of that times x_hat."""
+    n, c, _ = g.shape
+    a, b = (per_channel(t, n, c, spec.groups) * rstd for t in (a, b))
+    scale = rstd if gain is None else rstd * gain
+    return torch.addcmul(g * scale, x_hat, b, value=-1).sub_(a)
 
 
 @torch.no_grad()

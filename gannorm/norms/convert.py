@@ -19,8 +19,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 
-from gannorm.norms import layers
-from gannorm.norms.base import Epilogue, NormLayer
+from gannorm.norms import layers, sync
+from gannorm.norms.base import BatchLayer, Epilogue, NormLayer
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,24 @@ def convert(module: nn.Module) -> nn.Module:
             parent.__class__ = _fusing(kind) or kind
     for why, names in left.items():
         log.warning("convert leaves %s as it is (%s)", ", ".join(names), why)
+    return module
+
+
+def convert_sync(module: nn.Module, process_group: Any = None) -> nn.Module:
+    """`convert`, and every batch norm of ours in `module` shares its statistics with the others of
+    `process_group` in training: all processes (None), a group of torch.distributed's, or its name.
+
+    Works in place and returns the module, before or after torch.distributed begins. What `convert`
+    leaves alone stays a norm of one process (a SyncBatchNorm what it is), and is logged.
+
+    Raises:
+        ValueError: no group of this name has this process in it.
+    """
+    name = sync.name_of(sync.WORLD if process_group is None else process_group)
+    sync.resolved(name)
+    for norm in convert(module).modules():
+        if isinstance(norm, BatchLayer):
+            norm.process_group = name
     return module
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from gannorm.norms import composed, cpu, ops, portable
+from gannorm.norms import composed, cpu, ops, portable, sync
 from gannorm.norms.autograd import Call, Moments, NormFunction
 from gannorm.norms.backend import module_for, selected, use_backend
 from gannorm.norms.checks import (
@@ -121,17 +121,24 @@ def _decide(
     residual_after_activation: bool,
     degenerate: str = "raise",
     var_estimator: str = "unbiased",
+    group: str | None = None,  # of several processes, `sync.resolved`
 ) -> Call:
     """Check the arguments; choose who runs the call."""
     x, weight, bias, labels, residual, mean, var = tensors
+    later = group is not None and degenerate == "raise"  # when all values of a channel are known
     check_call(
         op, x, weight, bias, labels, residual, mean, var, own, groups, eps, activation,
-        degenerate, var_estimator,
+        "beta" if later else degenerate, var_estimator,
     )  # fmt: skip
     channels = x.shape[1]
     if groups is None:
         groups = channels if own else 0  # given statistics are a channel's of the batch
     spec = NormSpec(groups, eps, activation, negative_slope, residual_after_activation)
+    folded = residual is not None and activation is not None and not residual_after_activation
+    if group is not None:
+        if transformed() or portable.is_asked(*tensors):
+            raise RuntimeError(f"{op}: {sync.ALONE}")
+        return ops.together(tensors, spec, group, degenerate, var_estimator, folded)
     count = math.prod(x.shape[2:]) if groups else x.numel() // max(channels, 1)
     running = bool(own and x.numel() and (mean is not None or var is not None))
     unbiased = running and var_estimator == "unbiased"
@@ -149,7 +156,7 @@ def _decide(
     return Call(
         spec, backend, launches, not own, running,
         count / max(count - 1, 1) if unbiased else 1.0,
-        folded=residual is not None and activation is not None and not residual_after_activation,
+        folded=folded,
         check_labels=labels is not None and backend is not cpu,  # which looks itself
         portable=to_torch, biased=running and not unbiased,
     )  # fmt: skip
@@ -171,6 +178,13 @@ def _seen(
             call.biased, call.spec,
         )  # fmt: skip
     given: Any = (mean, var) if call.given else None
+    if call.sync is not None:
+        group, _, _, degenerate, var_estimator = call.sync
+        y, stats = ops.sync_norm(
+            x, weight, bias, labels, residual, *call.spec[1:], group, degenerate
+        )
+        sync.update_running(moments, stats, var_estimator)
+        return y
     if transformed() or composed.recorded():
         y, stats = composed.forward(x, weight, bias, labels, residual, given, call.spec)
     elif call.backend is composed:
@@ -186,6 +200,10 @@ def _seen(
     if call.running:
         composed.update_running((*moments, call.bessel), stats)
     return y
+
+
+def _shared_with(process_group: Any, training: bool) -> str | None:
+    return None if process_group is None or not training else sync.resolved(process_group)
 
 
 def batch_norm(
@@ -204,6 +222,7 @@ def batch_norm(
     residual_after_activation: bool = False,
     degenerate: str = "raise",
     var_estimator: str = "unbiased",
+    process_group: Any = None,
 ) -> Tensor:
     """Batch norm (Ioffe and Szegedy, 2015) of `input` (N, C, ...), with the fused epilogue.
 
@@ -212,11 +231,13 @@ def batch_norm(
         weight, bias: (C,) or None.
         degenerate: what N*H*W = 1 in training does: "raise", or "beta": exactly the bias.
         var_estimator: "unbiased" (torch) or "biased" (TensorFlow) running variance.
+        process_group: the processes whose batches are one in training: "world", a group of
+            torch.distributed's or its name; None: this one (see `gannorm.norms.sync`).
     """
     return _normalize(
         "batch_norm", input, weight, bias, None, residual, running_mean, running_var, training,
         momentum, 0, eps, activation, negative_slope, residual_after_activation, degenerate,
-        var_estimator,
+        var_estimator, _shared_with(process_group, training),
     )  # fmt: skip
 
 
@@ -237,6 +258,7 @@ def conditional_batch_norm(
     residual_after_activation: bool = False,
     degenerate: str = "raise",
     var_estimator: str = "unbiased",
+    process_group: Any = None,
 ) -> Tensor:
     """Batch norm whose affine row is the sample's label's (de Vries et al., 2017).
 
@@ -248,6 +270,7 @@ def conditional_batch_norm(
         "conditional_batch_norm", input, weight, bias, labels, residual, running_mean,
         running_var, training, momentum, 0, eps, activation, negative_slope,
         residual_after_activation, degenerate, var_estimator,
+        _shared_with(process_group, training),
     )  # fmt: skip
 
 

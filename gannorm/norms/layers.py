@@ -118,7 +118,7 @@ class _BatchNorm(BatchLayer, batchnorm._BatchNorm):
             return F.batch_norm(
                 input, mean, var, self.weight, self.bias, training, momentum, self._eps,
                 degenerate=self.degenerate, var_estimator=self.var_estimator,
-                **(epilogue or self.epilogue).kwargs(residual),
+                process_group=self._with(), **(epilogue or self.epilogue).kwargs(residual),
             )  # fmt: skip
 
         return self._on_running_stats(input, run)
@@ -327,7 +327,7 @@ class ConditionalBatchNorm2d(_ConditionalNorm, BatchLayer, batchnorm._BatchNorm)
             return F.conditional_batch_norm(
                 input, labels, mean, var, self.weight, self.bias, training, momentum,
                 self._eps, degenerate=self.degenerate, var_estimator=self.var_estimator,
-                **self.epilogue.kwargs(residual),
+                process_group=self._with(), **self.epilogue.kwargs(residual),
             )  # fmt: skip
 
         return self._on_running_stats(input, run)

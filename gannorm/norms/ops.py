@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from gannorm.norms import composed
+from gannorm.norms.autograd import Call
+from gannorm.norms.backend import module_for, parts_for
 from gannorm.norms.composed import NormSpec, stat_dtype
+from gannorm.norms.sync import Synced
 
 
 @library.custom_op("gannorm::norm", mutates_args=())
@@ -88,20 +92,129 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    dx, dweight, dbias, dresidual = torch.ops.gannorm.norm_backward(dy, *saved, *ctx.constants)
+    grads = torch.ops.gannorm.norm_backward(dy, *ctx.saved_tensors, *ctx.constants)
+    return *_present(ctx, dy, *grads), *([None] * 7)
+
+
+def _present(
+    ctx: Any, dy: Tensor, dx: Tensor | None, dweight: Tensor, dbias: Tensor, dresidual: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight, bias, labels, residual; None where there is none."""
+    _, weight, bias, *_ = ctx.saved_tensors
     residual = None
     if ctx.has_residual:
         residual = dresidual if ctx.folded else dy
-    weight, bias = saved[1], saved[2]
     return (
         dx,
         None if weight is None else dweight,
         None if bias is None else dbias,
         None,
         residual,
-        *([None] * 7),
     )
 
 
 norm.register_autograd(_backward, setup_context=_setup_context)
+
+
+def together(
+    tensors: Any,  # x, weight, bias, labels, residual, running mean and variance
+    spec: NormSpec, group: str, degenerate: str = "beta", var_estimator: str = "unbiased",
+    folded: bool = False,
+) -> Call:  # fmt: skip
+    """A batch norm with other processes; who runs this one's part is found where that runs."""
+    x, _, _, labels, *_ = tensors
+    compiling = torch.compiler.is_compiling()
+    parts = None if compiling else parts_for(tensors, spec)
+    return Call(
+        spec, composed if compiling else module_for(x), folded=folded,
+        check_labels=labels is not None,  # before the exchange, or the others would wait
+        sync=Synced(group, parts, spec, degenerate, var_estimator),
+    )  # fmt: skip
+
+
+@library.custom_op("gannorm::sync_norm", mutates_args=())
+def sync_norm(
+    x: Tensor,  # (N, C, ...)
+    weight: Tensor | None,  # (C,) or (K, C)
+    bias: Tensor | None,
+    labels: Tensor | None,  # (N,)
+    residual: Tensor | None,  # as x
+    eps: float,
+    activation: str | None,
+    negative_slope: float,
+    residual_after_activation: bool,
+    group: str,
+    degenerate: str,
+) -> tuple[Tensor, Tensor]:
+    """A batch norm with other processes, on any backend: y, and the statistics (5, C)."""
+    spec = NormSpec(0, eps, activation, negative_slope, residual_after_activation)
+    tensors = x, weight, bias, labels, residual
+    call = together((*tensors, None, None), spec, group, degenerate)
+    y, stats = call.forward(*tensors, (None, None, 0.0))
+    return _laid_out(y, x), stats
+
+
+@sync_norm.register_fake
+def _(x, *_):
+    return torch.empty_like(x), x.new_empty((5, x.shape[1]), dtype=stat_dtype(x.dtype))
+
+
+def _laid_out(t: Tensor, x: Tensor) -> Tensor:
+    """`t` in the layout of `torch.empty_like`, whatever backend made it."""
+    like = torch.empty_like(x)
+    return t if t.stride() == like.stride() else like.copy_(t)
+
+
+@library.custom_op("gannorm::sync_norm_backward", mutates_args=())
+def sync_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    residual: Tensor | None,
+    stats: Tensor,
+    eps: float,
+    activation: str | None,
+    negative_slope: float,
+    group: str,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias, dresidual; empty where there is none."""
+    tensors = x, weight, bias, labels, residual
+    spec = NormSpec(0, eps, activation, negative_slope)
+    call = together((*tensors, None, None), spec, group)
+    dx, dweight, dbias, g = call.backward(dy, *tensors, stats, need_dx)
+    dx, dresidual = (
+        _laid_out(t, x) if t is not None and wanted else x.new_empty(0)
+        for t, wanted in ((dx, need_dx), (g, residual is not None))
+    )
+    dweight, dbias = (x.new_empty(0) if t is None else t for t in (dweight, dbias))
+    return dx, dweight, dbias, dresidual
+
+
+@sync_norm_backward.register_fake
+def _(dy, x, weight, bias, labels, residual, stats, eps, activation, slope, group, need_dx):
+    tables = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (weight, bias))
+    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
+    return dx, *tables, x.new_empty(0) if residual is None else torch.empty_like(x)
+
+
+def _setup_sync(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, labels, residual, eps, activation, slope, after, group, _ = inputs
+    ctx.folded = activation is not None and not after
+    ctx.has_residual = residual is not None
+    ctx.constants = (eps, activation, slope, group)
+    inner = residual if ctx.folded else None
+    ctx.save_for_backward(x, weight, bias, labels, inner, output[1])
+
+
+def _sync_backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    need_dx = ctx.needs_input_grad[0]
+    dx, *others = torch.ops.gannorm.sync_norm_backward(
+        dy, *ctx.saved_tensors, *ctx.constants, need_dx
+    )
+    return *_present(ctx, dy, dx if need_dx else None, *others), *([None] * 6)
+
+
+sync_norm.register_autograd(_sync_backward, setup_context=_setup_sync)

@@ -19,7 +19,15 @@ from gannorm.training.checkpoint import flat
 SEEDS = (0, 1, 2)  # of every member; some have more
 MANY = 5  # seeds, from which on a test is better than ranges
 # Keys that may differ.
-OWN = ("seed", "resume", "norm.", "trainer.", "metrics.cache", "data.batch_size")
+OWN = (
+    "seed",
+    "resume",
+    "norm.",
+    "trainer.",
+    "metrics.cache",
+    "data.batch_size",
+    "data.global_batch_size",
+)
 TITLES = {"cyclegan": "CycleGAN", "resblock_gan": "Class-conditional ResBlock GAN"}
 
 
@@ -83,7 +91,8 @@ class Run:
 
     @property
     def batch_size(self) -> int:
-        return self.config["data"]["batch_size"]
+        data = self.config["data"]
+        return data.get("global_batch_size") or data["batch_size"]
 
     def value(self, column: Column, evaluation: int = -1) -> float | None:
         prefix = f"{column.group}/"

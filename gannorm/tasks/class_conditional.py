@@ -9,6 +9,7 @@ from gannorm.data import Batch
 from gannorm.errors import RequestError
 from gannorm.models import ProjectionDiscriminator, ResBlockGenerator
 from gannorm.models.norm_factory import Norm, build_norm
+from gannorm.parallel import drawn
 from gannorm.schema import Config, ResBlockGANConfig
 from gannorm.tasks.losses import LOSSES, generator_loss
 from gannorm.tasks.task import Networks, Task
@@ -62,13 +63,17 @@ class ClassConditional(Task):
         return {"G": generator}, {"D": discriminator}
 
     def _dry_run(self, generators: Networks, discriminators: Networks) -> None:
-        n = self.cfg.data.batch_size
+        n = self.cfg.data.whole_batch
         labels = None if self.num_classes is None else torch.zeros(n, dtype=torch.int64)
         images = generators["G"](torch.empty(n, self.model.z_dim), labels)
         discriminators["D"](images, labels)
 
     def noise(self, count: int) -> Tensor:
-        return torch.randn(count, self.model.z_dim, device=self.device)
+        return drawn(lambda n: torch.randn(n, self.model.z_dim, device=self.device), count)
+
+    def _any_labels(self, count: int) -> Tensor:
+        assert self.num_classes is not None
+        return torch.randint(self.num_classes, (count,), device=self.device)
 
     def labels(self, count: int) -> Tensor | None:
         """The classes in turn (count,); None where there are none."""
@@ -105,7 +110,7 @@ class ClassConditional(Task):
             else:
                 n = self.cfg.data.batch_size
                 if classes is not None:
-                    labels = torch.randint(classes, (n,), device=self.device)
+                    labels = drawn(self._any_labels, n)
                 fake = g(self.noise(n), labels)
                 loss = generator_loss(critic(fake, labels=labels)[0], kind)
         losses["balance/gradient_G"] = self._descend("G", loss)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gannorm import parallel
 from gannorm.data import Data
 from gannorm.diagnostics.faults import Probe
 from gannorm.metrics.evaluation import CHUNK, Evaluation, evenly, in_chunks, suffixed
@@ -43,10 +44,11 @@ class ClassConditionalEvaluator(Evaluator[ClassConditional]):
         (reference,) = self.references
         starts = range(0, reference.count, CHUNK)
         pieces = [slice(start, min(start + CHUNK, reference.count)) for start in starts]
-        samples = Observations.joined(
+        parts = (
             reference.observe(generators["G"](self.noise[p], self._labels(p)), self._labels(p))
-            for p in pieces
+            for p in pieces[parallel.own(len(pieces))]
         )
+        samples = Observations.of_all(parts, self.device)
         return Evaluation(self._compared(samples), {"": (reference, samples)})
 
     def _labels(self, piece: slice) -> Tensor | None:
@@ -60,12 +62,14 @@ class ClassConditionalEvaluator(Evaluator[ClassConditional]):
     def standing_forwards(self, name: str, net: Any, count: int) -> list[Callable[[], Any]]:
         generator = torch.Generator().manual_seed(self.cfg.seed)
         n, classes = self.cfg.data.batch_size, self.num_classes
+        drawn = parallel.drawn
 
         def forward() -> None:
-            noise = torch.randn(n, self.model.z_dim, generator=generator)
+            noise = drawn(lambda n: torch.randn(n, self.model.z_dim, generator=generator), n)
             labels = None
             if classes is not None:
-                labels = torch.randint(classes, (n,), generator=generator).to(self.device)
+                labels = drawn(lambda n: torch.randint(classes, (n,), generator=generator), n)
+                labels = labels.to(self.device)
             net(noise.to(self.device), labels)
 
         return [forward] * count

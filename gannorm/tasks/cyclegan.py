@@ -84,7 +84,7 @@ class CycleGAN(Task):
 
     def _dry_run(self, generators: Networks, discriminators: Networks) -> None:
         data = self.cfg.data
-        a, b = (torch.empty(data.batch_size, c, *data.size) for c in data.channel_pair)
+        a, b = (torch.empty(data.whole_batch, c, *data.size) for c in data.channel_pair)
         for name, x in (("G_A", a), ("G_B", b)):
             back = tuple(generators[name](x).shape[-2:])
             if back != data.size:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gannorm import parallel
 from gannorm.data import Data, batches, fetch_all
 from gannorm.diagnostics.faults import Probe
 from gannorm.metrics.evaluation import MOST_GENERATED, Evaluation, evenly, in_chunks, suffixed
@@ -69,14 +70,14 @@ class CycleGANEvaluator(Evaluator[CycleGAN]):
         and what networks see in the translations."""
         test, target = self.data.test[way.source], self.data.test[way.target]
         reference = self.references[way.target]
-        scores: dict[str, list[Tensor]] = {}
+        scores: list[tuple[str, Tensor]] = []
         parts: list[Observations] = []
 
         def add(pairs: Pairs, needs: Needs) -> None:
-            for name, values in of_pairs(pairs, needs).items():
-                scores.setdefault(name, []).append(values.double())
+            scores.extend((name, v.double()) for name, v in of_pairs(pairs, needs).items())
 
-        for index in evenly(len(test), self._count(way)).split(TRANSLATED):
+        chunks = evenly(len(test), self._count(way)).split(TRANSLATED)
+        for index in chunks[parallel.own(len(chunks))]:
             batch = test.fetch(index.tolist(), torch.Generator())
             images = batch["image"].to(self.device)
             translated = generator(images)
@@ -88,8 +89,11 @@ class CycleGANEvaluator(Evaluator[CycleGAN]):
                 true = target.fetch(index.tolist(), torch.Generator())["image"]
                 pairs = Pairs(translated, true.to(self.device), reference.reader)
                 add(pairs, "counterparts")
-        means = {name: float(torch.cat(values).mean()) for name, values in scores.items()}
-        return means, Observations.joined(parts)
+        whole: dict[str, list[Tensor]] = {}
+        for name, values in parallel.joined([(name, v.cpu()) for name, v in scores]):
+            whole.setdefault(name, []).append(values)
+        means = {name: float(torch.cat(values).mean()) for name, values in whole.items()}
+        return means, Observations.of_all(parts, self.device)
 
     def _count(self, way: Direction) -> int:
         """How many held-out images are translated."""
@@ -103,9 +107,10 @@ class CycleGANEvaluator(Evaluator[CycleGAN]):
 
     def standing_forwards(self, name: str, net: Any, count: int) -> list[Callable[[], Any]]:
         (domain,) = [way.source for way in DIRECTIONS if way.generator == name]
-        size, seed = self.cfg.data.batch_size, self.cfg.seed
+        size, seed = self.cfg.data.batch_size * parallel.world(), self.cfg.seed
         own = [self.data.domains[domain]]
-        drawn = batches(own, batch_size=size, start=0, stop=count, seed=seed)
+        part = parallel.own(size)
+        drawn = batches(own, batch_size=size, start=0, stop=count, seed=seed, own=part)
         images = [batch["image"].to(self.device) for (batch,) in drawn]
         return [partial(net, x) for x in images]
 

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from gannorm import parallel
 from gannorm.data import Data
 from gannorm.diagnostics.faults import Probe, measure, norm_faults, sample_faults
 from gannorm.diagnostics.norm_layers import gaps
@@ -31,6 +32,14 @@ class Evaluator(ABC, Generic[AnyTask]):
     def __init__(self, task: AnyTask, data: Data) -> None:
         self.task, self.data, self.cfg, self.device = task, data, task.cfg, task.device
         self.references = build_references(task.cfg.metrics, data, task.device)
+
+    def share_state(self) -> None:
+        """All processes look with the first one's networks: those trained elsewhere may differ in
+        the last digits."""
+        for reference in self.references:
+            for net in (reference.extractor, reference.reader):
+                if net is not None:
+                    parallel.broadcast_([*net.parameters(), *net.buffers()])
 
     @abstractmethod
     def measure(self, generators: Networks, brief: bool) -> Evaluation:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gannorm.parallel import drawn, gathered, own
 from gannorm.schema import LossConfig
 
 # Batches of images to as many tensors of logits.
@@ -143,7 +144,7 @@ def discriminator_objective(
         for weight, gradient in zip(factors, input_gradients(outputs, inputs), strict=True):
             penalty = penalty + weight / 2 * gradient.square().sum(1).mean()
     if cfg.gradient_penalty > 0:
-        share = torch.rand(len(real), 1, 1, 1, device=real.device)
+        share = drawn(lambda n: torch.rand(n, 1, 1, 1, device=real.device), len(real))
         between = torch.lerp(fake.detach(), real.detach(), share).requires_grad_()
         (gradient,) = input_gradients(critic(between), [between])
         penalty = penalty + cfg.gradient_penalty * (gradient.norm(dim=1) - 1).square().mean()
@@ -155,7 +156,8 @@ class ImagePool:
     """Past translations, half of which stand in for new ones (Shrivastava et al., 2017).
 
     Each image of a batch is, with probability 1/2, swapped for a random one of the `size` in the
-    pool; a pool of size 0 passes everything through. Draws on torch's CPU generator.
+    pool; a pool of size 0 passes everything through. Draws on torch's CPU generator. Several
+    processes have the same pool: each sees the images of all, as one process would.
     """
 
     def __init__(self, size: int) -> None:
@@ -167,7 +169,7 @@ class ImagePool:
         """As many images (N, C, H, W) as came in: new ones or older ones."""
         if self.size == 0:
             return images
-        images = images.detach()
+        images = gathered(images.detach())
         if self.images is not None:
             self.images = self.images.to(images.device)  # loaded on the CPU
         filled = 0 if self.images is None else len(self.images)
@@ -182,7 +184,7 @@ class ImagePool:
                 k = int(torch.randint(self.size, ()))
                 out[i] = self.images[k]
                 self.images[k] = images[i]
-        return out
+        return out[own(len(out))]
 
     def state_dict(self) -> dict[str, Tensor | None]:
         return {"images": self.images}

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gannorm import parallel
 from gannorm.data import Batch
 from gannorm.diagnostics.norm_layers import norm_layers
 from gannorm.errors import RequestError
 from gannorm.models.norm_factory import NORMS, Norm
 from gannorm.norms.backend import check_backend, use_backend
+from gannorm.norms.convert import convert_sync
 from gannorm.schema import Config
 from gannorm.tasks.augment import diff_augment
 from gannorm.tasks.losses import (
@@ -51,6 +53,8 @@ class Task(ABC):
         self.generators, self.discriminators = self._build()
         for net in self.networks.values():
             net.to(device)
+            if parallel.world() > 1:
+                convert_sync(net)
         self.averaged = {
             name: copy.deepcopy(net).eval().requires_grad_(False)
             for name, net in self.generators.items()
@@ -165,7 +169,8 @@ class Task(ABC):
 
     def _augment(self, images: Tensor) -> Tensor:
         """Images as the discriminators see them."""
-        return diff_augment(images, self.cfg.loss.diffaugment)
+        batches = len(images) // self.cfg.data.batch_size
+        return diff_augment(images, self.cfg.loss.diffaugment, batches)
 
     def _train_discriminators(
         self, sides: Mapping[str, tuple[Critic, Tensor, Tensor]]
@@ -199,8 +204,9 @@ class Task(ABC):
         optimizer = self.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
-        self.scaler.unscale_(optimizer)
         nets = (self.generators if name == "G" else self.discriminators).values()
+        self._share_gradients([p for net in nets for p in net.parameters() if p.grad is not None])
+        self.scaler.unscale_(optimizer)
         gradients = [[p.grad for p in net.parameters() if p.grad is not None] for net in nets]
         norms = [nn.utils.get_total_norm(each) for each in gradients]
         clip = self.cfg.optim.clip_norm
@@ -213,6 +219,13 @@ class Task(ABC):
         self.scaler.step(optimizer)
         self.scaler.update()
         return total
+
+    @staticmethod
+    def _share_gradients(parameters: list[nn.Parameter]) -> None:
+        """Their gradients become the whole batch's."""
+        means = parallel.means([p.grad for p in parameters if p.grad is not None])
+        for parameter, mean in zip(parameters, means, strict=True):
+            parameter.grad = mean
 
     def _freeze_discriminators(self, frozen: bool) -> None:
         for net in self.discriminators.values():
@@ -238,6 +251,18 @@ class Task(ABC):
                     average.copy_(current)
             averages, currents = ([t for t in side] for side in zip(*floating, strict=True))
             torch._foreach_lerp_(averages, currents, 1 - decay)
+
+    def share_state(self) -> None:
+        """What all processes begin with: the first one's networks."""
+        nets = [*self.networks.values(), *self.averaged.values()]
+        parallel.broadcast_([t for net in nets for t in _tensors(net)])
+
+    def replicas_differ(self) -> str | None:
+        """Where the processes' networks are not the same, or None."""
+        return parallel.differing({
+            f"{name}.{key}": tensor
+            for name, net in self.networks.items() for key, tensor in net.state_dict().items()
+        })  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes while training, as tensors and plain values."""

@@ -20,13 +20,16 @@ FREE = (
 )  # fmt: skip
 
 
+WHOLE = "data.global_batch_size"
+
+
 def rng_state() -> dict[str, Any]:
     """The state of every generator that training can draw on, as tensors and plain values."""
     version, keys, gauss = random.getstate()
     name, words, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
         "python": (version, keys, gauss),
         "numpy": (name, torch.from_numpy(np.asarray(words).astype(np.int64)), *rest),
     }
@@ -34,8 +37,8 @@ def rng_state() -> dict[str, Any]:
 
 def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and torch.cuda.is_available():  # of the first process's GPU
+        torch.cuda.set_rng_state(state["cuda"][0])
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     name, words, *rest = state["numpy"]
@@ -130,6 +133,8 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], path: Path) -> list[s
     """
     old, new = flat(saved), flat(now)
     differing, changes = [], []
+    if old.get(WHOLE) is not None and old[WHOLE] == new.get(WHOLE):
+        del old["data.batch_size"]  # other processes share the same batch
     for key in sorted(old):
         if old[key] == new.get(key):
             continue

@@ -27,11 +27,11 @@ class Monitor:
     def __init__(self, run_dir: Path, start_step: int) -> None:
         self.run_dir, self.start_step = run_dir, start_step
         (run_dir / "samples").mkdir(parents=True, exist_ok=True)
-        path = run_dir / "metrics.jsonl"
+        path, purge = run_dir / "metrics.jsonl", None
         if path.exists():
-            _drop_after(path, start_step)
+            _drop_after(path, start_step or -1)
+            purge = start_step + 1 if start_step else 0
         self.file = path.open("a", encoding="utf-8")
-        purge = start_step + 1 if start_step else None
         self.tags: set[str] = set()  # of the scalars so far
         self.writer = SummaryWriter(str(run_dir), purge_step=purge, flush_secs=10)
 
@@ -73,6 +73,28 @@ class Monitor:
     def close(self) -> None:
         self.writer.close()
         self.file.close()
+
+
+class Silent(Monitor):
+    """Of a process that does not write."""
+
+    writer: Any = None
+
+    def __init__(self, run_dir: Path, start_step: int) -> None:
+        self.run_dir, self.start_step = run_dir, start_step
+        self.tags = set()
+
+    def scalars(self, step: int, values: dict[str, float], **notes: Any) -> None:
+        pass
+
+    def text(self, name: str, markdown: str, step: int | None = None) -> None:
+        pass
+
+    def images(self, step: int, samples: dict[str, tuple[Tensor, int]]) -> Path:
+        raise AssertionError("the first process shows images")
+
+    def close(self) -> None:
+        pass
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 import gannorm
+from gannorm import parallel
 from gannorm.data import Data
 from gannorm.metrics.figures import FIGURES, average, base
 from gannorm.schema import Config
@@ -17,7 +18,8 @@ from gannorm.tasks import Task
 
 
 def say(text: str) -> None:
-    tqdm.write(text)
+    if parallel.leads():
+        tqdm.write(text)
 
 
 def describe(
@@ -36,7 +38,7 @@ def describe(
     samples = " + ".join(f"{len(source):,}" for source in data.domains)
     lines = [
         f"{cfg.model.name}, norm {cfg.norm.name}, data {cfg.data.name} ({samples} images), "
-        f"{device_name(task.device)}, {cfg.trainer.precision}",
+        f"{device_name(task.device)}, {cfg.trainer.precision}{processes(cfg)}",
         f"parameters: {sizes}",
         f"run folder: {run_dir}",
     ]
@@ -94,6 +96,13 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+def processes(cfg: Config) -> str:
+    """What is said of them, where there are more than one."""
+    each, whole = cfg.data.batch_size, cfg.data.global_batch_size
+    count = parallel.world()
+    return "" if count == 1 else f", {count} processes, {each} of a batch's {whole} images each"
 
 
 def versions() -> dict[str, str]:

@@ -1,13 +1,18 @@
 """What a run is asked to be, before anything is written: its data, its device, its folder."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from gannorm import parallel
 from gannorm.data import DATA
 from gannorm.errors import RequestError
-from gannorm.schema import Config
+from gannorm.schema import Config, DataConfig
 from gannorm.training import checkpoint
+
+LAUNCH = ".launch"  # in a run folder: which call of torchrun it is of
 
 
 def check_pair(cfg: Config) -> None:
@@ -27,7 +32,35 @@ def pick_device(name: str) -> torch.device:
         raise RequestError(
             "trainer.device=cuda: no GPU was found; use trainer.device=auto or trainer.device=cpu"
         )
+    if name == "cuda" and parallel.local_rank() >= torch.cuda.device_count():
+        raise RequestError(
+            f"trainer.device=cuda: more processes than this machine's {torch.cuda.device_count()} "
+            "GPUs; start torchrun with as many as there are (--nproc-per-node=), or use "
+            "trainer.device=cpu"
+        )
     return torch.device(name)
+
+
+def divided(data: DataConfig, saved: dict[str, Any] | None) -> DataConfig:
+    """With the batch of all processes as `global_batch_size`, and a process's as `batch_size`.
+
+    saved: the config of the run that is continued: by the same command, its whole batch stays what
+        it was, whatever the number of processes.
+
+    Raises:
+        RequestError: the processes cannot share the batch equally.
+    """
+    processes, whole = parallel.world(), data.global_batch_size
+    if whole is None:
+        whole = data.batch_size * processes
+        if saved is not None and saved["data"]["batch_size"] == data.batch_size:
+            whole = saved["data"].get("global_batch_size") or data.batch_size
+    if whole % processes:
+        raise RequestError(
+            f"data.global_batch_size={whole} cannot be shared by {processes} processes equally; "
+            "choose a multiple, or another --nproc-per-node"
+        )
+    return data.model_copy(update={"batch_size": whole // processes, "global_batch_size": whole})
 
 
 def find_resume(resume: str | None, run_dir: Path) -> Path | None:
@@ -43,8 +76,23 @@ def run_folder(family: str, now: str, resume: str | None) -> str:
     """Where a run goes: a new folder below `family`, or the folder of the run it continues.
 
     resume=auto continues the family's newest run, finished or not, resume=FOLDER that run; from a
-    checkpoint file a new run starts, so that nothing behind that step is overwritten.
+    checkpoint file a new run starts, so that nothing behind that step is overwritten. Processes
+    that torchrun starts again go on in the folder of those before. All take the first one's.
     """
+    if parallel.world() == 1:
+        return _run_folder(family, now, resume)
+    if family not in _agreed:
+        _agreed[family] = parallel.from_first(lambda: _run_folder(family, now, resume))
+    return _agreed[family]
+
+
+_agreed: dict[str, str] = {}  # processes that train together have one run
+
+
+def _run_folder(family: str, now: str, resume: str | None) -> str:
+    for folder in sorted(Path(family).glob("*"), reverse=True):
+        if is_restarted(folder):
+            return str(folder)
     if resume == "auto":
         for folder in sorted(Path(family).glob("*"), reverse=True):
             if checkpoint.newest(folder):
@@ -52,3 +100,25 @@ def run_folder(family: str, now: str, resume: str | None) -> str:
     elif resume is not None and Path(resume).is_dir():
         return resume
     return f"{family}/{now}"
+
+
+def is_restarted(run_dir: Path) -> bool:
+    """Whether torchrun has started these processes again, after one of them died in `run_dir`."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+        return False
+    path = run_dir / LAUNCH
+    return path.is_file() and path.read_text(encoding="utf-8") == launch()
+
+
+def launch() -> str:
+    """A word for the call of torchrun that this process is of; nothing where there is none."""
+    # The folder that this call has made for its processes' errors: names are given twice.
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    return str(Path(error_file).parents[2]) if error_file else ""
+
+
+def mark(run_dir: Path) -> None:
+    """Write down whose run this is, for processes that are started again."""
+    if launch():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / LAUNCH).write_text(launch(), encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gannorm import parallel
 from gannorm.errors import RequestError
 from gannorm.metrics.best import Best
 from gannorm.metrics.evaluation import Evaluation
@@ -60,14 +61,13 @@ class Run:
         self.watch.load_state_dict(state["watch"])
         checkpoint.set_rng_state(state["rng"])
 
-    def resume(self, path: Path, run_dir: Path) -> list[str]:
-        """Go on from the checkpoint `path` in `run_dir`: what is to be said of it.
+    def resume(self, state: dict[str, Any], path: Path, run_dir: Path) -> list[str]:
+        """Go on from `state`, the checkpoint `path`, in `run_dir`: what is to be said of it.
 
         Raises:
             RequestError: it is of a run that trains something else, or the folder is ahead of it.
         """
-        state = checkpoint.load(path)
-        changes = checkpoint.check_same(state["config"], self.config, path)
+        changes = checkpoint.check_same(_whole_batch(state["config"]), self.config, path)
         had, has = state.get("class_names"), self.task.class_names
         if had is not None and had != has:  # a label would mean another class from here on
             gone, new = sorted(set(had) - set(has)), sorted(set(has) - set(had))
@@ -76,7 +76,9 @@ class Run:
                 f"(gone: {', '.join(gone) or 'none'}; new: {', '.join(new) or 'none'}); give the "
                 "folders their old names back, or start a new run without resume="
             )
-        newest = checkpoint.newest(run_dir)
+        newest, has_best = parallel.from_first(
+            lambda: (checkpoint.newest(run_dir), (run_dir / BEST).exists())
+        )
         if newest is not None and newest.resolve() != path.resolve():
             raise RequestError(
                 f"{run_dir} has a checkpoint {newest.name} of its own; go on from that one with "
@@ -88,7 +90,7 @@ class Run:
             {k: v for k, v in each["metrics"].items() if k not in ("cache", "patience")}
             for each in (state["config"], self.config)
         )
-        if not (run_dir / BEST).exists() or then != now:
+        if not has_best or then != now:
             self.best = Best()  # in another folder, or by another figure
         return changes
 
@@ -120,7 +122,7 @@ class Run:
     def evaluating(self) -> Iterator[None]:
         """What happens inside leaves training as it was, but for the time."""
         began = time.perf_counter()
-        with torch.random.fork_rng(), self.task.norm_backend():
+        with parallel.forked_rng(), self.task.norm_backend():
             yield
         self.evaluation_seconds += time.perf_counter() - began
 
@@ -133,6 +135,8 @@ class Run:
             if self.cfg.optim.ema_decay > 0:
                 raw = evaluator.evaluate(self.task.generators, brief=True)
                 groups["quality_raw"] = raw.figures
+            # What follows from them, all processes do alike.
+            groups = parallel.from_first(lambda: groups)
         return groups, evaluation
 
     @property
@@ -145,6 +149,12 @@ class Run:
         patience = self.cfg.metrics.patience
         plateaued = patience is not None and self.best.since >= patience
         return self.step >= self.cfg.trainer.steps or plateaued
+
+
+def _whole_batch(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's config with its batch of all processes, which older ones do not name."""
+    data = config["data"]
+    return {**config, "data": {"global_batch_size": data["batch_size"], **data}}
 
 
 class Meter:
@@ -163,9 +173,10 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         began = time.perf_counter()
+        means = parallel.means(list(self.sums.values()))
         figures = {
             name if "/" in name else f"loss/{name}": float(value) / self.steps
-            for name, value in self.sums.items()
+            for name, value in zip(self.sums, means, strict=True)
         }
         self.seconds += time.perf_counter() - began  # a GPU catches up here
         figures["speed/images_per_second"] = self.steps * self.images_per_step / self.seconds

@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping
 
-from tqdm import tqdm
-
 from gannorm.training.monitor import Monitor
+from gannorm.training.report import say
 
 PATIENCE = 100  # steps that a fault must hold before it is reported
 
@@ -29,7 +28,7 @@ class Watch:
             elif step - self.since.setdefault(name, step) >= PATIENCE:
                 if name not in self.reported:
                     self.reported[name] = step
-                    tqdm.write(f"warning: step {step}: {text}")
+                    say(f"warning: step {step}: {text}")
                     monitor.text(f"health/{name}", text, step)
             health[f"health/{name}"] = float(name in self.reported)
         return health

@@ -146,7 +146,7 @@ def forward(
         _address(residual), 0 if residual is None else residual.stride(0),
         y.data_ptr(), y.stride(0), 0, 0, 0, 0, 0, 0,
         stats.data_ptr(), _address(mean), _address(var), _address(weight), _address(bias),
-        _address(labels), _address(running_mean), _address(running_var), 0, 0,
+        _address(labels), _address(running_mean), _address(running_var), 0, 0, 0,
     ))  # fmt: skip
     if running is not None and moved is None:
         update_running(running, stats)
@@ -195,7 +195,7 @@ def backward(
         0, 0, dy.data_ptr(), dy.stride(0), _address(dx), each, _address(g), each,
         stats.data_ptr(), stats.data_ptr() if given else 0, 0,  # a mean: to say that it was given
         _address(gain), _address(shift), _address(labels), 0, 0,
-        _address(dweight), _address(dbias),
+        _address(dweight), _address(dbias), 0,
     ))  # fmt: skip
     if dweight is not None and weight is not None and dweight.dtype is not weight.dtype:
         dweight = dweight.to(weight.dtype)

@@ -28,7 +28,7 @@ FLAGS = (
 # What the source's Norm is given: integers, reals, tensors (address, elements from sample to
 # sample), addresses. The compiler checks that the source counts alike. One call to pack it costs
 # less than a structure of ctypes.
-FIELDS = {"INTEGERS": 10, "REALS": 4, "TENSORS": 6, "ADDRESSES": 10}
+FIELDS = {"INTEGERS": 10, "REALS": 4, "TENSORS": 6, "ADDRESSES": 11}
 _integers, _reals, _tensors, _addresses = FIELDS.values()
 pack = struct.Struct(f"={_integers}q{_reals}d{2 * _tensors}q{_addresses}q").pack
 DIGEST = hashlib.sha256().digest_size

@@ -48,6 +48,10 @@ typedef struct {
   const int64_t *labels;            /* (N,), or NULL: row 0 for all */
   void *running_mean, *running_var; /* (C,) */
   void *dweight, *dbias;            /* (K, C) */
+  /* (2, C), what processes share of a batch; or NULL. Of norm_forward, without y: means, squares
+   * around them. Of norm_backward, whose dx may then hold g alone: sums of gain * g and of that
+   * times x_hat. To norm_dx: their means over all processes' elements. */
+  double *shared;
   /* Filled in here. */
   double *rstd; /* forward: (sets,), 1 / std before it is rounded */
   double *sums; /* backward: (2, N, C): of g * x_hat and of g over each plane */
@@ -273,4 +277,22 @@ int norm_backward(const Norm *given) {
   int failed = p.dtype == FLOAT64 ? backward_double(&p) : backward_float(&p);
   free(p.sums);
   return failed;
+}
+
+/* y by the statistics in `stats`. */
+int norm_apply(const Norm *given) {
+  Norm p = prepared(given);
+  if (is_labelled_wrong(&p)) return NO_ROW;
+  if (p.dtype == FLOAT64)
+    apply_all_double(&p);
+  else
+    apply_all_float(&p);
+  return 0;
+}
+
+/* dx, after norm_backward on the same tensors. */
+int norm_dx(const Norm *given) {
+  Norm p = prepared(given);
+  if (is_labelled_wrong(&p)) return NO_ROW;
+  return p.dtype == FLOAT64 ? dx_all_double(&p) : dx_all_float(&p);
 }

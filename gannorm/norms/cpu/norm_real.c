@@ -244,6 +244,11 @@ static REAL NAME(moved)(REAL from, REAL to, REAL share) {
 static void NAME(finish_set)(const Norm *p, int64_t i, long double mean, double var) {
   REAL *stats = (REAL *)p->stats;
   int64_t sets = sets_of(p);
+  if (p->shared) {
+    p->shared[i] = (double)mean;
+    p->shared[sets + i] = var * values_of(p);
+    return;
+  }
   REAL rounded = (REAL)mean;
   stats[i] = rounded;
   stats[sets + i] = (REAL)(mean - rounded);
@@ -408,6 +413,11 @@ static void NAME(apply)(const Norm *p, Cut at, double *unused) {
   }
 }
 
+static void NAME(apply_all)(const Norm *p) {
+#pragma omp parallel for num_threads(p->threads) if (is_parallel(p))
+  for (int64_t k = 0; k < p->n * items_of(p); k++) NAME(apply)(p, item_of(p, k), NULL);
+}
+
 static void NAME(forward_unit)(const Norm *p, Unit u) {
   NAME(Moments) found[PIECE];
   int64_t own = p->own, sets = u.count / own, first = set_of(p, u.n0, u.c0);
@@ -421,7 +431,7 @@ static void NAME(forward_unit)(const Norm *p, Unit u) {
     }
   for (int64_t i = 0; i < sets; i++)
     NAME(finish_set)(p, first + i, found[i].mean, found[i].squares / found[i].seen);
-  walk(p, u, NAME(apply), NULL);
+  if (p->y.data) walk(p, u, NAME(apply), NULL);
 }
 
 /* Samples [n0, n1) of rows: what lies between is `mean` and `squares`, (N, stretches, C). */
@@ -464,6 +474,7 @@ static void NAME(forward_rows)(const Norm *p, int64_t n0, int64_t n1, WIDE *mean
       NAME(finish_set)(p, set_of(p, n, i), middle, square / (seen * own));
     }
   }
+  if (!p->y.data) return;
 #pragma omp parallel for num_threads(p->threads) if (parallel)
   for (int64_t k = n0 * items; k < n1 * items; k++) NAME(apply)(p, item_of(p, k), NULL);
 }
@@ -508,8 +519,7 @@ static int NAME(forward)(const Norm *p) {
     }
     free(part);
   }
-#pragma omp parallel for num_threads(p->threads) if (is_parallel(p))
-  for (int64_t k = 0; k < p->n * items_of(p); k++) NAME(apply)(p, item_of(p, k), NULL);
+  if (p->y.data) NAME(apply_all)(p);
   return 0;
 }
 
@@ -648,7 +658,8 @@ static void NAME(sum)(const Norm *p, Cut at, double *to) {
   }
 }
 
-/* What dx takes off gain * g: the means over a set of that, and of that times x_hat: (sets, 2). */
+/* What dx takes off gain * g: the means over a set of that, and of that times x_hat: (sets, 2);
+ * their sums, where other processes have more of the set. */
 static void NAME(average)(const Norm *p, Unit u, double *means) {
   int64_t own = p->own, sets = u.count / own;
   double *to = means + 2 * set_of(p, u.n0, u.c0);
@@ -663,6 +674,7 @@ static void NAME(average)(const Norm *p, Unit u, double *means) {
         to[2 * i + 1] += (gain ? gain[j] : 1) * gx_sum[j];
       }
   }
+  if (p->shared) return;
   for (int64_t i = 0; i < 2 * sets; i++) to[i] /= values_of(p);
 }
 
@@ -767,6 +779,7 @@ static void NAME(backward_steps)(const Norm *p, int64_t n0, int64_t n1, double *
 #pragma omp parallel for num_threads(p->threads) if (parallel)
   for (int64_t i = n0 * row; i < (p->groups ? n1 * row : row); i++)
     NAME(average)(p, unit_of(p, i), means);
+  if (p->shared) return;
 #pragma omp parallel for num_threads(p->threads) if (parallel)
   for (int64_t k = n0 * items; k < n1 * items; k++) NAME(dx)(p, item_of(p, k), means);
 }
@@ -783,7 +796,7 @@ static int NAME(backward)(const Norm *p) {
       walk(p, u, NAME(sum), p->sums);
       if (!p->dx.data) continue;
       NAME(average)(p, u, means);
-      walk(p, u, NAME(dx), means);
+      if (!p->shared) walk(p, u, NAME(dx), means);
     }
   } else {
     double *part = means + 2 * sets_of(p);
@@ -795,8 +808,21 @@ static int NAME(backward)(const Norm *p) {
       for (int64_t n = 0; n < runs; n++) NAME(backward_steps)(p, n, n + 1, means, part, 0);
     }
   }
+  for (int64_t i = 0; p->shared && i < p->c; i++)
+    p->shared[i] = means[2 * i], p->shared[p->c + i] = means[2 * i + 1];
   free(means);
   NAME(rows)(p, p->dweight, p->sums);
   NAME(rows)(p, p->dbias, p->sums + all / 2);
+  return 0;
+}
+
+static int NAME(dx_all)(const Norm *p) {
+  double *means = malloc(2 * p->c * sizeof(double));
+  if (!means) return 1;
+  for (int64_t i = 0; i < p->c; i++)
+    means[2 * i] = p->shared[i], means[2 * i + 1] = p->shared[p->c + i];
+#pragma omp parallel for num_threads(p->threads) if (is_parallel(p))
+  for (int64_t k = 0; k < p->n * items_of(p); k++) NAME(dx)(p, item_of(p, k), means);
+  free(means);
   return 0;
 }
