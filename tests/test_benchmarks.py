@@ -40,6 +40,7 @@ def result(path: Path) -> dict:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_norms(device: str, tmp_path: Path):
     out = tmp_path / "norms.json"
@@ -208,6 +209,7 @@ def test_host(tmp_path: Path):
         assert all(us > 0 for us in row["parts_us"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_step(device: str, tmp_path: Path):
     out = tmp_path / "step.json"
@@ -262,6 +264,7 @@ def test_convert(tmp_path: Path):
     assert min(row[f"{who}_ms"] for who in ("eager", "compiled", "ours")) > 0
 
 
+@pytest.mark.slow
 def test_sync(tmp_path: Path):
     out = tmp_path / "sync.json"
     done = run("benchmarks.sync", "--rounds", "3", "--out", out)
