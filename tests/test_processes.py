@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -231,6 +232,34 @@ def test_a_killed_process_is_started_again(tmp_path, rank):
     (run_dir,) = job.run_dirs()
     assert re.search(r"continued from .*/step_0000(0040|0060).pt", job.said())
     assert json.loads((run_dir / "summary.json").read_text())["steps"] == 120
+    in_order(run_dir)
+
+
+def test_two_machines_start_again_together(tmp_path):
+    """As docs/scaling.md says for several; here two calls of torchrun, with a process each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run_dir = tmp_path / "run"
+    machine = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
+        "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--max-restarts=2", str(TRAIN),
+        *SMALL, "trainer.steps=120", "trainer.checkpoint_every=20", "resume=auto",
+        f"hydra.run.dir={run_dir}",
+    ]  # fmt: skip
+    own = {**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with (tmp_path / "log.txt").open("w") as log:
+        both = [
+            subprocess.Popen(machine, cwd=tmp_path, env=own, stdout=log, stderr=subprocess.STDOUT)
+            for _ in range(2)
+        ]
+        while not (run_dir / "checkpoints" / "step_00000040.pt").exists():
+            assert all(each.poll() is None for each in both), (tmp_path / "log.txt").read_text()
+            time.sleep(0.1)
+        (trainer,) = Path(f"/proc/{both[1].pid}/task/{both[1].pid}/children").read_text().split()
+        os.kill(int(trainer), signal.SIGKILL)
+        assert [each.wait(120) for each in both] == [0, 0], (tmp_path / "log.txt").read_text()
+    assert (tmp_path / "log.txt").read_text().count("continued from") == 1
     in_order(run_dir)
 
 
