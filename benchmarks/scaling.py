@@ -76,7 +76,7 @@ class Training:
             seed(0)
         self.task = build_task(cfg, parallel.CPU, data.num_classes if data else 10)
         self.task.share_state()
-        whole = cfg.data.batch_size * parallel.world()
+        whole = cfg.data.whole_batch
         self.batches = (
             step.random_batches(cfg) if data is None
             else batches(data.domains, batch_size=whole, start=0, stop=2**30, seed=0,

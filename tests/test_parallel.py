@@ -24,7 +24,7 @@ from gannorm.schema import DigitsConfig
 from gannorm.tasks.augment import diff_augment
 from gannorm.tasks.losses import ImagePool
 from gannorm.training import request
-from gannorm.training.loop import saved
+from gannorm.training.loop import check_replicas, saved
 
 
 def whole_batch(rank):
@@ -86,6 +86,9 @@ def replicas(rank):
     assert parallel.differing(tensors) is None
     tensors["last"][3, 2, 1, 1] += rank * 1e-30
     assert parallel.differing(tensors) == "last of process 1"
+    task = SimpleNamespace(replicas_differ=lambda: parallel.differing(tensors))
+    with pytest.raises(RuntimeError, match="at step 7 last of process 1 is not the first proc"):
+        check_replicas(SimpleNamespace(task=task, step=7))
 
 
 def one_goes_first(rank):

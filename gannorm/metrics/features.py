@@ -243,9 +243,8 @@ def cached(folder: Path, name: str, make: Callable[[], Any]) -> Any:
         with suppress(Exception):
             return torch.load(path, map_location="cpu", weights_only=True)
     made = make()
-    partial = path.with_suffix(
-        f".{gethostname()}.{os.getpid()}.partial"
-    )  # another run may make the same
+    # Another run may make the same.
+    partial = path.with_suffix(f".{gethostname()}.{os.getpid()}.partial")
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(made, partial)

@@ -71,10 +71,6 @@ class ClassConditional(Task):
     def noise(self, count: int) -> Tensor:
         return drawn(lambda n: torch.randn(n, self.model.z_dim, device=self.device), count)
 
-    def _any_labels(self, count: int) -> Tensor:
-        assert self.num_classes is not None
-        return torch.randint(self.num_classes, (count,), device=self.device)
-
     def labels(self, count: int) -> Tensor | None:
         """The classes in turn (count,); None where there are none."""
         if self.num_classes is None:
@@ -110,7 +106,9 @@ class ClassConditional(Task):
             else:
                 n = self.cfg.data.batch_size
                 if classes is not None:
-                    labels = drawn(self._any_labels, n)
+                    labels = drawn(
+                        lambda count: torch.randint(classes, (count,), device=self.device), n
+                    )
                 fake = g(self.noise(n), labels)
                 loss = generator_loss(critic(fake, labels=labels)[0], kind)
         losses["balance/gradient_G"] = self._descend("G", loss)

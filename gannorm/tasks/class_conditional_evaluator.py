@@ -13,6 +13,7 @@ from gannorm.diagnostics.faults import Probe
 from gannorm.metrics.evaluation import CHUNK, Evaluation, evenly, in_chunks, suffixed
 from gannorm.metrics.observations import Observations
 from gannorm.norms.layers import ConditionalBatchNorm2d, ConditionalInstanceNorm2d
+from gannorm.parallel import drawn
 from gannorm.tasks.class_conditional import ClassConditional
 from gannorm.tasks.evaluator import Evaluator
 from gannorm.tasks.task import Networks
@@ -61,14 +62,13 @@ class ClassConditionalEvaluator(Evaluator[ClassConditional]):
 
     def standing_forwards(self, name: str, net: Any, count: int) -> list[Callable[[], Any]]:
         generator = torch.Generator().manual_seed(self.cfg.seed)
-        n, classes = self.cfg.data.batch_size, self.num_classes
-        drawn = parallel.drawn
+        n, classes, z_dim = self.cfg.data.batch_size, self.num_classes, self.model.z_dim
 
         def forward() -> None:
-            noise = drawn(lambda n: torch.randn(n, self.model.z_dim, generator=generator), n)
+            noise = drawn(lambda count: torch.randn(count, z_dim, generator=generator), n)
             labels = None
             if classes is not None:
-                labels = drawn(lambda n: torch.randint(classes, (n,), generator=generator), n)
+                labels = drawn(lambda k: torch.randint(classes, (k,), generator=generator), n)
                 labels = labels.to(self.device)
             net(noise.to(self.device), labels)
 

@@ -107,7 +107,7 @@ class CycleGANEvaluator(Evaluator[CycleGAN]):
 
     def standing_forwards(self, name: str, net: Any, count: int) -> list[Callable[[], Any]]:
         (domain,) = [way.source for way in DIRECTIONS if way.generator == name]
-        size, seed = self.cfg.data.batch_size * parallel.world(), self.cfg.seed
+        size, seed = self.cfg.data.whole_batch, self.cfg.seed
         own = [self.data.domains[domain]]
         part = parallel.own(size)
         drawn = batches(own, batch_size=size, start=0, stop=count, seed=seed, own=part)

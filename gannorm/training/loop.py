@@ -142,8 +142,7 @@ def summarize(
     run: Run, evaluator: Evaluator[Any], groups: Groups, reference: dict[str, float]
 ) -> dict[str, Any]:
     """The content of summary.json."""
-    cfg = run.cfg
-    images = run.step * run.task.batches_per_step * cfg.data.batch_size * parallel.world()
+    cfg, images = run.cfg, run.step * run.task.batches_per_step * run.cfg.data.whole_batch
     return {
         "steps": run.step,
         "processes": parallel.world(),
@@ -187,7 +186,7 @@ def steps(
     """
     task, cfg = run.task, run.cfg
     every, total, per_step = cfg.trainer, cfg.trainer.steps, task.batches_per_step
-    whole = cfg.data.batch_size * parallel.world()
+    whole = cfg.data.whole_batch
     loader = batches(
         data.domains, batch_size=whole, start=run.step * per_step, stop=total * per_step,
         seed=cfg.seed, num_workers=cfg.data.num_workers, own=parallel.own(whole),
@@ -298,7 +297,7 @@ def check_replicas(run: Run) -> None:
     Raises:
         RuntimeError: naming the first tensor that differs.
     """
-    where = run.task.replicas_differ()
+    where = run.task.replicas_differ() if parallel.world() > 1 else None
     if where is not None:
         raise RuntimeError(
             f"at step {run.step} {where} is not the first process's: the processes train "
