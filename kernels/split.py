@@ -22,6 +22,7 @@ from gannorm.kernels.tile import (
     program_sets,
     reciprocal,
     set_total,
+    sets_planes,
     statistics,
     store_statistics,
     tile_elements,
@@ -282,18 +283,20 @@ def mean_grads(
     a = tl.zeros([BLOCK_G], DTYPE)
     b = tl.zeros([BLOCK_G], DTYPE)
     half = wide(samples) * channels
-    for part in range(0, parts):
-        for p in range(0, planes, BLOCK):
-            sample, channel, live = tile_planes(
-                p, g0, n, planes, sets, DOMAIN, BLOCK, BLOCK_G, False
-            )
-            weight, _ = affine(
-                weight_ptr, None, labels_ptr, sample, channel, live, samples, rows, channels, DTYPE
-            )
-            weight = tl.where(live, weight, 0.0)
-            of = sums_ptr + part * half + sample * channels + channel
-            a += tl.sum(weight * tl.load(of, mask=live, other=0), 0)
-            b += tl.sum(weight * tl.load(of + parts * half, mask=live, other=0), 0)
+    for start in range(0, parts * planes, BLOCK):
+        number = (start + tl.arange(0, BLOCK))[:, None]
+        part = number // planes
+        sample, channel, live = sets_planes(
+            number - part * planes, g0, n, planes, sets, DOMAIN, BLOCK_G
+        )
+        live = live & (part < parts)
+        weight, _ = affine(
+            weight_ptr, None, labels_ptr, sample, channel, live, samples, rows, channels, DTYPE
+        )
+        weight = tl.where(live, weight, 0.0)
+        of = sums_ptr + part * half + sample * channels + channel
+        a += tl.sum(weight * tl.load(of, mask=live, other=0), 0)
+        b += tl.sum(weight * tl.load(of + parts * half, mask=live, other=0), 0)
     elements = tl.full([], 1.0, DTYPE) * planes * size
     return a / elements, b / elements
 
@@ -390,18 +393,19 @@ def table_grad_kernel(
     g_sum = tl.zeros([BLOCK_C], DTYPE)
     gx_sum = tl.zeros([BLOCK_C], DTYPE)
     half = wide(samples) * channels
-    for start in range(0, samples, BLOCK_N):
-        n = (start + tl.arange(0, BLOCK_N))[:, None]
-        hit = n < samples
+    for start in range(0, parts * samples, BLOCK_N):
+        number = (start + tl.arange(0, BLOCK_N))[:, None]
+        part = number // samples
+        n = number - part * samples
+        hit = part < parts
         if labels_ptr is not None:
             hit = tl.load(labels_ptr + n, mask=hit, other=-1) == row
         mask = hit & (c < channels)
-        for part in range(0, parts):
-            of = sums_ptr + part * half + n.to(tl.int64) * channels + c
-            if dbias_ptr is not None:
-                g_sum += tl.sum(tl.load(of, mask=mask, other=0), 0)
-            if dweight_ptr is not None:
-                gx_sum += tl.sum(tl.load(of + parts * half, mask=mask, other=0), 0)
+        of = sums_ptr + part * half + n.to(tl.int64) * channels + c
+        if dbias_ptr is not None:
+            g_sum += tl.sum(tl.load(of, mask=mask, other=0), 0)
+        if dweight_ptr is not None:
+            gx_sum += tl.sum(tl.load(of + parts * half, mask=mask, other=0), 0)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     to = row.to(tl.int64) * channels + column
     if dbias_ptr is not None:

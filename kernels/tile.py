@@ -38,10 +38,17 @@ def tile_planes(
 ):  # fmt: skip
     """Sample (P or 1, 1) and channel (P or 1, G) of a tile's planes, and their mask (P, G)."""
     p = (p0 + tl.arange(0, BLOCK_P))[:, None]
-    g = (g0 + tl.arange(0, BLOCK_G))[None, :]
-    live = (p < planes) & (g < sets)
+    of, channel, live = sets_planes(p, g0, sample, planes, sets, DOMAIN, BLOCK_G)
     if EVEN:
         live = tl.full([BLOCK_P, BLOCK_G], 1, tl.int1)
+    return of, channel, live
+
+
+@triton.jit
+def sets_planes(p, g0, sample, planes, sets, DOMAIN: tl.constexpr, BLOCK_G: tl.constexpr):
+    """The same of planes p (P, 1) of each set."""
+    g = (g0 + tl.arange(0, BLOCK_G))[None, :]
+    live = (p < planes) & (g < sets)
     if DOMAIN == "batch":
         of, channel = p.to(tl.int64), g.to(tl.int64)
     elif DOMAIN == "plane":
