@@ -47,7 +47,7 @@ WAVES = 8  # programs for each processor of the GPU, at most, that split sets ar
 MERGED = 16  # partials for each tile of a chunk, beyond which they are merged once, for 2% less
 MERGED_SETS = 4  # sets that a merging program takes: 32 bytes of float64 side by side
 GRID = 65535  # programs along the second axis of a CUDA grid, at most
-TABLE_SAMPLES, TABLE_COLUMNS = 64, 32  # that a program of a table's gradient takes at a time
+TABLE_SUMS, TABLE_COLUMNS = 64, 32  # that a program of a table's gradient takes at a time
 SUMMED_ROWS = 16  # rows of a table whose gradients the programs of a channel add up themselves
 KEPT = 4096  # kinds of calls that are remembered
 
@@ -254,7 +254,7 @@ class Launches:
         self.dx_kernels = [self._kernel(kernel, grid, p.warps, numbers, backward) for _ in range(2)]
         self.table = self._kernel(
             table_grad_kernel, (rows, triton.cdiv(c, TABLE_COLUMNS), 1), 4, (n, c, p.parts),
-            (dtype, TABLE_SAMPLES, TABLE_COLUMNS),
+            (dtype, min(TABLE_SUMS, triton.next_power_of_2(n)), TABLE_SUMS, TABLE_COLUMNS),
         )  # fmt: skip
         self.plan = p
         return p

@@ -18,7 +18,7 @@ from gannorm.kernels.launch import (
     KEPT,
     MERGED_SETS,
     TABLE_COLUMNS,
-    TABLE_SAMPLES,
+    TABLE_SUMS,
     Launches,
     Plan,
     Running,
@@ -185,7 +185,8 @@ class Pieces:
             merging, 4,
         )  # fmt: skip
         self.table = kernel(
-            table_grad_kernel, (n, c, p.parts), (dtype, TABLE_SAMPLES, TABLE_COLUMNS),
+            table_grad_kernel, (n, c, p.parts),
+            (dtype, min(TABLE_SUMS, triton.next_power_of_2(n)), TABLE_SUMS, TABLE_COLUMNS),
             (rows, triton.cdiv(c, TABLE_COLUMNS), 1), 4,
         )  # fmt: skip
         self.plan = p

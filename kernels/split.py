@@ -286,10 +286,8 @@ def mean_grads(
     for start in range(0, parts * planes, BLOCK):
         number = (start + tl.arange(0, BLOCK))[:, None]
         part = number // planes
-        sample, channel, live = sets_planes(
-            number - part * planes, g0, n, planes, sets, DOMAIN, BLOCK_G
-        )
-        live = live & (part < parts)
+        plane = tl.where(part < parts, number - part * planes, planes)
+        sample, channel, live = sets_planes(plane, g0, n, planes, sets, DOMAIN, BLOCK_G)
         weight, _ = affine(
             weight_ptr, None, labels_ptr, sample, channel, live, samples, rows, channels, DTYPE
         )
@@ -385,27 +383,31 @@ def table_grad_kernel(
     labels_ptr,  # (N,), or None: every sample belongs to row 0
     dweight_ptr, dbias_ptr,  # (K, C), written, or None
     samples, channels, parts,
-    DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Per-plane sums added up per row of the table, in a fixed order: no atomics."""
+    """Per-plane sums added up per row of the table, in a fixed order: no atomics.
+
+    A tile has BLOCK sums of each channel: BLOCK_N samples, and many parts where these are few.
+    """
     row = tl.program_id(0)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     g_sum = tl.zeros([BLOCK_C], DTYPE)
     gx_sum = tl.zeros([BLOCK_C], DTYPE)
     half = wide(samples) * channels
-    for start in range(0, parts * samples, BLOCK_N):
-        number = (start + tl.arange(0, BLOCK_N))[:, None]
-        part = number // samples
-        n = number - part * samples
-        hit = part < parts
+    lane = tl.arange(0, BLOCK)[:, None]
+    for start in range(0, samples, BLOCK_N):
+        n = start + lane % BLOCK_N
+        hit = n < samples
         if labels_ptr is not None:
             hit = tl.load(labels_ptr + n, mask=hit, other=-1) == row
-        mask = hit & (c < channels)
-        of = sums_ptr + part * half + n.to(tl.int64) * channels + c
-        if dbias_ptr is not None:
-            g_sum += tl.sum(tl.load(of, mask=mask, other=0), 0)
-        if dweight_ptr is not None:
-            gx_sum += tl.sum(tl.load(of + parts * half, mask=mask, other=0), 0)
+        for first in range(0, parts, BLOCK // BLOCK_N):
+            part = first + lane // BLOCK_N
+            mask = hit & (part < parts) & (c < channels)
+            of = sums_ptr + part * half + n.to(tl.int64) * channels + c
+            if dbias_ptr is not None:
+                g_sum += tl.sum(tl.load(of, mask=mask, other=0), 0)
+            if dweight_ptr is not None:
+                gx_sum += tl.sum(tl.load(of + parts * half, mask=mask, other=0), 0)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     to = row.to(tl.int64) * channels + column
     if dbias_ptr is not None:
