@@ -13,6 +13,10 @@ class RequestError(ValueError):
     """
 
 
+class RunError(RuntimeError):
+    """What ended a run through no fault of the request: one line on stderr, exit code 1."""
+
+
 @contextmanager
 def answering_requests() -> Iterator[None]:
     """Turn a RequestError inside the block into its one line and exit code 2.
@@ -23,6 +27,9 @@ def answering_requests() -> Iterator[None]:
         yield
     except RequestError as error:
         said = str(error)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except ModuleNotFoundError as error:
         if not error.name or error.name.split(".")[0] in ("gannorm", "torch"):
             raise

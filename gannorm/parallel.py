@@ -8,7 +8,7 @@ generators are right for any number. In a single process nothing here communicat
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,6 +25,15 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by by
 PREPARATION = timedelta(hours=2)  # that the others wait while one downloads or decodes
 PATIENCE = 5.0  # seconds in which torchrun ends the processes that outlive one
 _alone = [False]
+_heard: list[Callable[[], int]] = []  # inside of `leavable`
+
+
+class Left(BaseException):
+    """What was under way is left for a signal, `number`; no Exception, which some code swallows."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 @contextmanager
@@ -163,13 +172,37 @@ def from_first(make: Callable[[], T]) -> T:
     return found[0]
 
 
+@contextmanager
+def leavable(heard: Callable[[], int]) -> Iterator[None]:
+    """Inside, `joined` raises `Left` in all processes when one has `heard` a signal."""
+    _heard.append(heard)
+    try:
+        yield
+    finally:
+        _heard.pop()
+
+
+def each(parts: Iterable[T]) -> Iterator[T]:
+    """This process's parts of what is then `joined`; no more of them once it will be left."""
+    for part in parts:
+        if _heard and _heard[-1]():
+            return
+        yield part
+
+
 def joined(parts: list[T]) -> list[T]:
-    """All processes' lists, behind each other."""
+    """All processes' lists, behind each other.
+
+    Raises:
+        Left: inside of `leavable`, one of them has heard a signal.
+    """
     if world() == 1:
         return parts
     found: list[Any] = [None] * world()
-    dist.all_gather_object(found, parts)
-    return [part for each in found for part in each]
+    dist.all_gather_object(found, (parts, _heard[-1]() if _heard else 0))
+    if number := max(number for _, number in found):
+        raise Left(number)
+    return [part for parts, _ in found for part in parts]
 
 
 @contextmanager

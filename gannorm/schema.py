@@ -5,6 +5,7 @@ them). Names of norms, data sets, tasks, losses and figures are looked up in the
 """
 
 import math
+import signal
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -150,6 +151,7 @@ class DataConfig(Section):
     batch_size: PositiveInt  # of each process
     global_batch_size: PositiveInt | None = None  # of all of them; null: batch_size of each
     num_workers: NonNegativeInt
+    worker_timeout: NonNegativeFloat = 0.0  # seconds without a batch; 0: none
 
     @property
     def whole_batch(self) -> int:
@@ -227,6 +229,21 @@ class OptimConfig(Section):
     ema_start: NonNegativeInt  # until this step the average is a copy
 
 
+# What a process is told by these is something else, or cannot be heard.
+_NO_REQUESTS = (
+    "SIGKILL", "SIGSTOP", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS",
+    "SIGCHLD", "SIGPIPE",
+)  # fmt: skip
+STOP_SIGNALS = [each.name for each in signal.Signals if each.name not in _NO_REQUESTS]
+
+
+def _signals(names: list[str]) -> list[str]:
+    unknown = [name for name in names if name not in STOP_SIGNALS]
+    if unknown:
+        raise ValueError(f"names {unknown[0]!r}; choose from {', '.join(STOP_SIGNALS)}")
+    return names
+
+
 class TrainerConfig(Section):
     steps: PositiveInt
     device: Literal["auto", "cpu", "cuda"]
@@ -236,6 +253,11 @@ class TrainerConfig(Section):
     eval_every: PositiveInt
     checkpoint_every: PositiveInt
     keep_checkpoints: PositiveInt  # the newest that many stay
+    # What older runs, which have no such keys, did stands as the default.
+    stop_signals: Annotated[list[str], AfterValidator(_signals)] = ["SIGINT", "SIGTERM"]
+    on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+    nonfinite_limit: PositiveInt = 10  # steps skipped in a row, or rewinds
+    deterministic: bool = False
 
 
 class MetricsConfig(Section):

@@ -4,8 +4,10 @@ Both are read at the first import of torch and of triton. Extractors that runs t
 folder of this session's, which its processes share.
 """
 
+import gc
 import os
 import tempfile
+from collections import Counter
 from importlib import import_module
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,14 +41,30 @@ def the_interpreter_as_a_gpu_rounds():
 
 
 LONG = (
-    "launch", "loop", "gpu_command", "cpu", "ops", "compile", "train", "benchmarks", "examples",
-    "faults", "task_figures", "inference", "inspection", "norm_study", "weights", "export_command",
+    "loop", "train", "export_command", "cpu", "signals", "faults", "sync", "config", "export",
+    "gpu_command", "nonfinite", "ops", "task_figures", "killed", "compile", "benchmarks", "weights",
+    "launch", "tables", "functional", "sampling", "evaluation", "tasks", "imports", "resume",
 )  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The files that take longest come first: the processes then end together."""
+    """Of the tests marked so most cases are slow. The files that take longest come first: the
+    processes then end together."""
+    cases: Counter[str] = Counter()
+    for item in items:
+        if sampled := item.get_closest_marker("sampled"):
+            name = item.nodeid.partition("[")[0]
+            if cases[name] % sampled.args[0]:
+                item.add_marker("slow")
+            cases[name] += 1
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def the_collector_passes_over_modules():
+    """Each look through all that was imported takes 0.3 s, and there is one every few tests."""
+    gc.freeze()
 
 
 FEW = 300  # digits, every fifth of them held out
@@ -54,7 +72,14 @@ FEW = 300  # digits, every fifth of them held out
 
 @pytest.fixture(scope="module")
 def quick_runs():
-    """For tests of training alone: a sixth of the digits, read by a classifier of two steps."""
+    """For tests of training alone: see `hasten`."""
+    with pytest.MonkeyPatch.context() as patch:
+        hasten(patch)
+        yield
+
+
+def hasten(patch: pytest.MonkeyPatch) -> None:
+    """A sixth of the digits, read by a classifier of two steps."""
     from sklearn.datasets import load_digits
     from sklearn.utils import Bunch
 
@@ -62,7 +87,5 @@ def quick_runs():
 
     bunch = load_digits()
     few = Bunch(images=bunch.images[:FEW], target=bunch.target[:FEW])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(import_module("gannorm.data.digits"), "load_digits", lambda: few)
-        patch.setattr(features, "STEPS", 2)
-        yield
+    patch.setattr(import_module("gannorm.data.digits"), "load_digits", lambda: few)
+    patch.setattr(features, "STEPS", 2)

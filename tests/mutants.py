@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from mutants_reliability import RELIABILITY
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +75,7 @@ LAYERS = "test_norms.py"
 
 # fmt: off
 MUTANTS = tuple(Mutant(*m) for m in (
+    *RELIABILITY,
     # statistics, reference
     ("ref one-pass variance", REF, "small.square().mean(2), groups) - (error * unit).square()",
      "(x * per_channel(unit, n, c, groups)).square().mean(2), groups) - (mean * unit).square()",
@@ -185,7 +187,7 @@ MUTANTS = tuple(Mutant(*m) for m in (
     ("compiled code avoids the kernels", REF, "maybe_current_level() is not None",
      "maybe_current_level() is None", "test_ops.py -k compiled_code"),
     ("compiled code gets C kernels", BACK, "eager and cpu", "cpu",
-     "test_ops.py -k 'inductor'"),
+     "test_ops.py -k 'inductor' -m slow"),
     # the autograd Function
     ("constants in the double backward", AUTO, "given, call.spec)\n            pairs",
      "None if call.spec.groups else (stats[0], stats[3]), call.spec)\n            pairs", SECOND),
@@ -399,7 +401,7 @@ def mutated(source: str, mutant: Mutant) -> str:
 def fails(tests: str, repo: Path) -> bool:
     """Whether `tests` fail in a copy of the repository; RuntimeError where none was run."""
     file, *selection = shlex.split(tests)
-    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow or sampled"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo)}
     result = subprocess.run(
         [sys.executable, "-B", "-m", "pytest", *options, f"tests/{file}", *selection],

@@ -23,6 +23,7 @@ OPS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("activation,after", [(None, False), ("leaky_relu", False), ("silu", True)])

@@ -18,6 +18,7 @@ def table_norm(x, labels, w, b, mean, var, training):
     return y * rows[0] + rows[1]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "dtype,shape,training,e", pairs(TOLERANCE, SHAPES, [True, False], EPILOGUES), ids=str

@@ -195,6 +195,7 @@ def test_moves(tmp_path: Path):
         assert row["name"] in done.stdout
 
 
+@pytest.mark.slow
 def test_host(tmp_path: Path):
     pytest.importorskip("triton")
     out = tmp_path / "host.json"

@@ -19,7 +19,7 @@ def refusal(path) -> str:
 
 
 def test_round_trip(tmp_path):
-    path = tmp_path / "run" / "checkpoints" / "step_00000001.pt"
+    path = tmp_path / "step_00000001.pt"
     content = {
         "step": 1, "seconds": 0.5, "none": None, "list": [1, "a"], "nested": {"b": True, 3: (1, 2)},
         "x": torch.randn(3, 2), "bf16": torch.randn(2).bfloat16(), "u8": torch.arange(3).byte(),
@@ -35,12 +35,14 @@ def test_round_trip(tmp_path):
 
 def test_a_crash_while_saving_leaves_the_old_file(tmp_path):
     path = tmp_path / "checkpoints" / "step_00000001.pt"
+    path.parent.mkdir()
     checkpoint.save(path, {"x": torch.ones(3)})
     before = path.read_bytes()
     with pytest.raises(Exception, match="lambda|pickle"):  # breaks off in the middle of the file
         checkpoint.save(path, {"x": torch.zeros(3), "bad": lambda: 0})
     assert path.read_bytes() == before and checkpoint.load(path)["x"].tolist() == [1, 1, 1]
-    assert len(list(path.parent.glob("*.partial"))) == 1
+    assert list(path.parent.iterdir()) == [path]
+    path.with_suffix(".partial").touch()  # of a kill
     assert checkpoint.newest(tmp_path) == path
     checkpoint.prune(tmp_path, 3)
     assert list(path.parent.iterdir()) == [path]
@@ -92,24 +94,20 @@ def test_truncated_file_is_refused_by_name(tmp_path, share):
 
 
 def test_damaged_file_is_refused_by_name(tmp_path):
-    """Damage anywhere gives this program's error or, in a tensor's values, goes unseen."""
     path, rng = tmp_path / "x.pt", random.Random(0)
     checkpoint.save(path, {"x": torch.randn(5), "config": {"a": 1, "b": "c"}})
-    whole, refused = path.read_bytes(), 0
+    whole = path.read_bytes()
     for _ in range(150):
         damaged = bytearray(whole)
         for _ in range(rng.choice((1, 5, 50))):
             damaged[rng.randrange(len(whole))] = rng.randrange(256)
+        if damaged == whole:
+            continue
         path.write_bytes(damaged)
-        try:
-            checkpoint.load(path)
-        except RequestError as error:
-            refused += 1
-            assert str(path) in str(error)
-    assert refused > 50
+        assert str(path) in refusal(path)
 
 
-@pytest.mark.parametrize("content", [torch.ones(3), [1], {"w": torch.ones(3)}, {"format": 99}])
+@pytest.mark.parametrize("content", [torch.ones(3), [1], {"w": torch.ones(3)}, {"format": "a"}])
 def test_foreign_torch_file_is_refused_by_name(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
     assert f"{tmp_path / 'x.pt'} is not a gannorm checkpoint" in refusal(tmp_path / "x.pt")
@@ -132,7 +130,7 @@ def test_newest_resolve_and_prune(tmp_path):
         checkpoint.resolve(tmp_path / "gone")
     steps = [10, 9, 100, 99, 2000]
     for step in steps:
-        (folder / f"step_{step:08d}.pt").touch()
+        checkpoint.save(folder / f"step_{step:08d}.pt", {})
     (folder / "step_00009999.partial").touch()
     (folder / "notes.pt").touch()
     newest = folder / "step_00002000.pt"

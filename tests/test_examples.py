@@ -22,6 +22,7 @@ def run(name: str, *arguments: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_torchvision_resnet():
     said = run("torchvision_resnet")
     assert said.startswith("20 batch norms are ours\n")

@@ -112,6 +112,7 @@ def exported(net, inputs, free, strict: bool = False):
     return torch.export.load(file)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name,training,strict,dynamic", EXPORTS)
 def test_torch_export(name, training, strict, dynamic):
     net, inputs, other, free = case(name)
@@ -148,6 +149,7 @@ def test_aot_inductor(name, tmp_path):
 ONNX = some([*NORMS, *MODELS], [True, False], [True, False])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name,dynamo,dynamic", ONNX)
 def test_onnx(name, dynamo, dynamic, tmp_path):
     runtime = pytest.importorskip("onnxruntime")

@@ -68,6 +68,7 @@ def expected(task, net: str, inputs: dict) -> torch.Tensor:
         return module(*inputs.values())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form,kind,net", TRACED)
 def test_other_sizes_than_those_of_the_export(form, kind, net, made, tmp_path):
     folder, task = made[kind]
@@ -178,6 +179,7 @@ def test_one_network_as_safetensors_and_on_to_another_format(made, tmp_path, cap
     assert "holds the averaged generators alone" in message
 
 
+@pytest.mark.slow
 def test_export_as_a_user_runs_it(made, tmp_path, capsys):
     out = tmp_path / "digits.safetensors"
     done = command("export", made["classes"][0], "--format", "safetensors", "--out", out)

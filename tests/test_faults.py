@@ -136,6 +136,7 @@ def test_a_run_made_to_fail(name, tmp_path, capsys, monkeypatch):
     assert values[0] == 0 and 1 in values
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("loss", ["rpgan", "wgan_gp"])
 def test_a_run_that_learns_warns_of_nothing(loss, tmp_path, capsys):
     length = ["trainer.steps=220", "trainer.eval_every=55"]

@@ -110,10 +110,14 @@ def test_cached(tmp_path):
     (folder / "one.pt").write_bytes(b"damaged")
     assert cached(folder, "one", make)["x"].tolist() == [0, 1, 2] and len(calls) == 2
     assert cached(folder, "one", make)["x"].tolist() == [0, 1, 2] and len(calls) == 2
+    flipped = bytearray((folder / "one.pt").read_bytes())
+    flipped[flipped.index(torch.arange(3).numpy().tobytes())] ^= 1  # which torch does not see
+    (folder / "one.pt").write_bytes(flipped)
+    assert cached(folder, "one", make)["x"].tolist() == [0, 1, 2] and len(calls) == 3
     assert [p.name for p in folder.iterdir()] == ["one.pt"]
     (tmp_path / "file").touch()
     assert cached(tmp_path / "file", "one", make)["x"].tolist() == [0, 1, 2]  # not a folder
-    assert len(calls) == 3
+    assert len(calls) == 4
 
 
 # ---- inception

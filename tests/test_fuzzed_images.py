@@ -91,6 +91,7 @@ def model(tmp_path_factory) -> Path:
     raw = config(*SMALL)
     plain = OmegaConf.to_container(raw, resolve=True)
     run = Run(build_task(typed(raw), torch.device("cpu"), None), plain, step=1)
+    (folder / "checkpoints").mkdir(parents=True)
     checkpoint.save(folder / "checkpoints" / "step_00000001.pt", run.state_dict())
     return folder
 

@@ -125,6 +125,7 @@ engine.serve(run)
 """
 
 
+@pytest.mark.slow
 def test_what_befalls_a_worker_costs_its_item_alone(tmp_path: Path):
     names = ["fine", "dies", "leaves", "hangs", "raises", "spoils", "wrong", "last"]
     report = engine.Report("right", tmp_path / "right.json", {"device": "none"})
@@ -215,6 +216,7 @@ def workers(out: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_killed_at_any_point_it_leaves_valid_results(tmp_path: Path):
     process = start(tmp_path, "--stages", "right")
@@ -233,6 +235,7 @@ def test_killed_at_any_point_it_leaves_valid_results(tmp_path: Path):
     assert not workers(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="POSIX signals")
 def test_interrupted_it_says_what_there_is(tmp_path: Path):
     process = start(tmp_path, "--stages", "right")

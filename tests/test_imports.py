@@ -62,6 +62,7 @@ def test_the_benchmarks_of_the_norms_need_no_hydra():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_norms_tests_need_torch_and_triton_alone():
     """All are collected; those of `convert` and a few of each norm run."""
     files = [f"tests/test_{name}.py" for name in NORM_TESTS]
@@ -74,6 +75,7 @@ def test_the_norms_tests_need_torch_and_triton_alone():
     assert int(passed) > 40, done.stdout
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "start",
     [

@@ -38,6 +38,7 @@ def make_run(folder: Path, overrides: list[str], classes: int | None) -> Run:
         for p in net.parameters():
             p.add_(torch.randn_like(p) * 0.3)
     run = Run(task, OmegaConf.to_container(raw, resolve=True), step=1)
+    (folder / "checkpoints").mkdir(parents=True)
     checkpoint.save(folder / "checkpoints" / "step_00000001.pt", run.state_dict())
     return run
 
@@ -226,6 +227,7 @@ def inputs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_translate_as_a_user_runs_it(runs, inputs, tmp_path):
     """All kinds and sizes; a damaged file is reported when all the others are done."""
     shutil.copytree(inputs, tmp_path / "in")

@@ -14,6 +14,7 @@ def rows(text: str) -> dict[str, list[str]]:
     return {name: rest for name, *rest in cells}
 
 
+@pytest.mark.slow
 def test_a_config_as_a_user_inspects_it(capsys):
     done = command("inspect", "norm=batch", "data.batch_size=3")
     assert done.returncode == 0, done.stderr

@@ -47,6 +47,7 @@ def kind(request, monkeypatch):
     launch.forget()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("shape,layout,e", pairs(SHAPES, LAYOUTS, [{}, FUSED]), ids=str)
 def test_every_plan_of_every_norm(kind, layout, shape, e):
     torch.manual_seed(0)

@@ -244,6 +244,7 @@ def test_parameters_of_another_dtype(kind, dtype):
         close(run(cast.eval(), moved).float(), run(cast, x).float(), tolerance)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", [*KINDS, *AVERAGES])
 def test_compiled_in_one_graph(kind):
     torch.manual_seed(0)

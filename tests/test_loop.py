@@ -84,6 +84,7 @@ def equal(a, b, where="") -> None:
         assert a == b, where
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_norm_trains_or_is_refused(model, norm, tmp_path):
@@ -127,6 +128,7 @@ def test_mixed_precision(model, precision, in_full, tmp_path):
     assert all(abs(half[k] - full[k]) < 0.02 + 0.02 * abs(full[k]) for k in keys)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "model,extra",
     [

@@ -111,6 +111,33 @@ def test_resume_drops_exactly_what_lies_beyond(tmp_path):
     assert scalars(tmp_path, "quality/accuracy") == [(k, k / 16) for k in range(1, 6)]
 
 
+def test_a_figure_is_told_once_where_a_process_begins(tmp_path):
+    """By the process that was killed there, or by this one; in both places."""
+    for start in (0, 3, 3):
+        monitor = Monitor(tmp_path, start)
+        monitor.scalars(start, {"floor": 0.5}, protocol="p")
+        monitor.scalars(start, {"floor": 0.5, "x": float(start)})
+        monitor.scalars(start + 3, {"floor": 0.5, "x": start + 3.0})
+        monitor.close()
+    found = [(line["step"], line.get("floor"), line.get("x")) for line in lines(tmp_path)]
+    assert found == [(0, 0.5, None), (0, None, 0), (3, 0.5, 3), (6, 0.5, 6)]
+    assert scalars(tmp_path, "floor") == [(0, 0.5), (3, 0.5), (6, 0.5)]
+    assert scalars(tmp_path, "x") == [(0, 0), (3, 3), (6, 6)]
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_run_that_goes_back_keeps_the_step(step, tmp_path):
+    monitor = Monitor(tmp_path, 0)
+    for k in range(5):
+        monitor.scalars(k, {"x": k / 8})
+    monitor.restart(step)
+    monitor.scalars(step + 1, {"x": 9.0})
+    monitor.close()
+    expected = [(k, k / 8) for k in range(step + 1)] + [(step + 1, 9.0)]
+    assert [(line["step"], line["x"]) for line in lines(tmp_path)] == expected
+    assert scalars(tmp_path, "x") == expected
+
+
 @pytest.mark.parametrize("tail", ['{"step": 3', '{"step": 3, "x": 1}', "\0\0\0\0", "{", '{"ste'])
 def test_a_last_line_cut_short_goes(tmp_path, tail):
     """Even a whole one without its line end would swallow the next line."""
@@ -119,6 +146,26 @@ def test_a_last_line_cut_short_goes(tmp_path, tail):
     monitor.scalars(3, {"x": 2.0})
     monitor.close()
     assert lines(tmp_path) == [{"step": 2, "x": 1}, {"step": 3, "x": 2.0}]
+
+
+def test_a_kill_at_any_byte(tmp_path):
+    """Of the last lines: a continuation at a step has each line up to it once, and no other."""
+    monitor = Monitor(tmp_path, 0)
+    for step in range(1, 4):
+        monitor.scalars(step, {"x": step / 2})
+    monitor.close()
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    for length in range(whole.index(b"\n") + 1, len(whole) + 1):
+        for start in (1, 2):
+            path.write_bytes(whole[:length])
+            monitor = Monitor(tmp_path, start)
+            monitor.scalars(start + 1, {"x": 9.0})
+            monitor.close()
+            there = [k for k in range(1, start + 1) if whole[:length].count(b"}") >= k]
+            assert [line["step"] for line in lines(tmp_path)] == [*there, start + 1]
+            for events in tmp_path.glob("events*"):
+                events.unlink()
 
 
 def test_a_whole_last_line_without_its_end_is_kept(tmp_path):

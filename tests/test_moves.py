@@ -43,6 +43,7 @@ def test_persistent_sets_move_the_floor(op, shape, groups, epilogue):
     assert case.floor("backward") <= moves.backward <= SLACK * case.floor("backward")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("epilogue", ["none", "residual+relu"])
 @pytest.mark.parametrize(
     ("op", "shape", "groups", "layout"),

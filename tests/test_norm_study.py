@@ -78,6 +78,7 @@ def rewrite(folder: Path, figure: str, value: float) -> None:
     (folder / "metrics.jsonl").write_text(text)
 
 
+@pytest.mark.slow
 def test_the_report_of_a_real_multirun(trained: Path, tmp_path: Path, capsys):
     out = tmp_path / "study.md"
     main([str(trained), "--out", str(out)])

@@ -42,6 +42,7 @@ COMPILED = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("op,dynamic,backend", pairs(COMPILED, [False, True], BACKENDS))
 def test_compiled_equals_eager(backend, dynamic, op):
     torch.manual_seed(0)
@@ -111,6 +112,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_inductor_compiles_the_fallback():
     """In a process of its own: its C++ builder minds what else was imported before."""
     command = [sys.executable, "-c", INDUCTOR]

@@ -94,6 +94,7 @@ def test_the_source_tree(tmp_path: Path):
     assert done.stdout == "gannorm.kernels\n", done.stderr
 
 
+@pytest.mark.slow
 def test_a_wheel(copy: Path, other: Path, tmp_path: Path):
     pip("wheel", copy, "-w", tmp_path)
     (wheel,) = tmp_path.glob("gannorm-*.whl")

@@ -1,5 +1,6 @@
 """gannorm.parallel, and what takes its part of a batch: two processes, by gloo, and one."""
 
+import math
 import os
 import time
 import traceback
@@ -24,7 +25,9 @@ from gannorm.schema import DigitsConfig
 from gannorm.tasks.augment import diff_augment
 from gannorm.tasks.losses import ImagePool
 from gannorm.training import request
-from gannorm.training.loop import check_replicas, saved
+from gannorm.training.loop import saved
+from gannorm.training.nonfinite import Skips
+from gannorm.training.run import Meter, Run
 
 
 def whole_batch(rank):
@@ -88,7 +91,7 @@ def replicas(rank):
     assert parallel.differing(tensors) == "last of process 1"
     task = SimpleNamespace(replicas_differ=lambda: parallel.differing(tensors))
     with pytest.raises(RuntimeError, match="at step 7 last of process 1 is not the first proc"):
-        check_replicas(SimpleNamespace(task=task, step=7))
+        Run.check_replicas(SimpleNamespace(task=task, step=7))
 
 
 def one_goes_first(rank):
@@ -165,9 +168,20 @@ def divided(data, saved):
     return shared.batch_size, shared.global_batch_size
 
 
+def skipped(rank):
+    """A loss that is infinite in one process alone: means over the others' steps, alike in both."""
+    meter = Meter(1, Skips(lambda name: True))
+    for loss in (1.0, math.inf if rank else 2.0, 3.0):
+        meter.add({"a": torch.tensor(loss)}, 1.0)
+    before = meter.means()
+    meter.share()
+    assert meter.means() == before == {"loss/a": pytest.approx((1 + 2 + 3 + 1 + 3) / 5)}
+    assert meter.read()["loss/a"] == before["loss/a"] and meter.skipped == 1 and meter.row == 0
+
+
 CHECKS = (
     whole_batch, sums, gathers, first, questions, replicas, one_goes_first, pools, augmentation,
-    dropout, shares,
+    dropout, shares, skipped,
 )  # fmt: skip
 
 
@@ -220,6 +234,8 @@ def test_processes_that_are_started_again_find_the_folder_of_those_before(tmp_pa
         return request.run_folder(str(family), "now", None)
 
     assert started("a") == new
+    for number in "12":
+        (family / number).mkdir(parents=True)
     request.mark(family / "1")
     assert started("b") == new
     request.mark(family / "2")

@@ -305,25 +305,43 @@ def family(pid: int) -> list[int]:
     return found
 
 
-def test_a_number_that_is_none_in_one_process_stops_all_with_one_message(tmp_path):
-    script = tmp_path / "poisoned.py"
+def poisoned(folder: Path, last: int) -> Path:
+    """A train.py whose second process reads NaN from its 13th images on, to the `last`."""
+    script = folder / "poisoned.py"
     script.write_text(
         "import os, math\n"
         "from importlib import import_module\n"
         "from gannorm.commands.train import main\n"
         "batches = import_module('gannorm.data.batches')\n"
-        "part, calls = batches._part, []\n"
+        "finite, calls = batches.finite, []\n"
         "def poisoned(*args):\n"
-        "    batch = part(*args)\n"
+        "    batch = finite(*args)\n"
         "    calls.append(args)\n"
-        "    if len(calls) > 12 and os.environ['RANK'] == '1':\n"
+        f"    if 12 < len(calls) <= {last} and os.environ['RANK'] == '1':\n"
         "        batch['image'].fill_(math.nan)\n"
         "    return batch\n"
-        "batches._part = poisoned\n"
+        "batches.finite = poisoned\n"
         "if __name__ == '__main__':\n"
         "    main()\n"
     )
-    job = Job(tmp_path, "trainer.steps=2000", script=script)
+    return script
+
+
+@pytest.mark.parametrize("way", ["skip", "rewind"])
+def test_a_number_that_is_none_in_one_process_for_once(tmp_path, way):
+    """All skip that step, or go back together."""
+    often = ["trainer.steps=20", "trainer.checkpoint_every=4", f"trainer.on_nonfinite={way}"]
+    job = Job(tmp_path, *often, script=poisoned(tmp_path, 14))
+    assert job.end(120) == 0, job.said()
+    (run_dir,) = job.run_dirs()
+    summary = json.loads((run_dir / "summary.json").read_text())
+    found = (summary["steps"], summary["skipped_steps"], summary["rewinds"])
+    assert found == ((20, 1, 0) if way == "skip" else (20, 0, 1))
+    in_order(run_dir)
+
+
+def test_a_number_that_is_none_in_one_process_stops_all_with_one_message(tmp_path):
+    job = Job(tmp_path, "trainer.steps=2000", script=poisoned(tmp_path, 10**9))
     assert job.end(120) == 1
     said = job.said()
     assert len(re.findall(r"FloatingPointError: .* became nan before step 8, first in", said)) == 1

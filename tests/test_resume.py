@@ -47,7 +47,7 @@ def test_a_schedule_begins_anew_when_asked(tmp_path, capsys):
     )
     assert "begins anew at step 4" in capsys.readouterr().out
     again = ["trainer.steps=8", "optim.decay_from=0.5", "optim.restart=true", "resume=auto"]
-    assert weights(tmp_path)["task"]["schedule"] == {"start": 4, "cap": 1.0}
+    assert weights(tmp_path)["task"]["schedule"] == {"start": 4, "cap": 1.0, "halvings": 0}
     train(config("resblock_gan", *again), tmp_path)  # killed and started again: not once more
     assert weights(tmp_path)["task"]["schedule"]["start"] == 4
 

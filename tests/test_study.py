@@ -29,6 +29,7 @@ def test_members_are_every_norm_a_task_takes_and_the_mistakes():
     assert {m.norm for m in mistakes.values()} == {"conditional_batch"}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", MEMBERS)
 def test_a_member_is_not_refused_and_changes_no_more_than_it_says(name: str):
     member = MEMBERS[name]

@@ -42,6 +42,7 @@ def runs(tmp_path_factory):
             for p in net.parameters():
                 p.add_(torch.randn_like(p) * 0.2)
         run = Run(task, OmegaConf.to_container(raw, resolve=True), step=1)
+        (root / kind / "checkpoints").mkdir(parents=True)
         checkpoint.save(root / kind / "checkpoints" / "step_00000001.pt", run.state_dict())
     return {kind: root / kind for kind in KINDS}
 

@@ -175,7 +175,7 @@ ZERO_PADDED = {
         (lambda: ZERO_PADDED, "reflection-padded"),
         (lambda: bias(Generator("instance", 1)), "no norm at all"),
         (instance_with_weights, "weights and no running statistics"),
-        (lambda: {"format": 99, "task": {}}, "not a gannorm checkpoint of format 1"),
+        (lambda: {"format": 99, "task": {}}, "by a newer gannorm (format 99; this one reads"),
         (lambda: Generator("instance", 1, channels=4).state_dict(), "data.channels"),
         (lambda: {**Generator("batch", 1).state_dict(), "model.9.x": X}, "model.9.x is in the"),
     ],

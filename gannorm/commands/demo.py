@@ -22,6 +22,7 @@ from gannorm.commands.translation import any_size
 from gannorm.data.images import open_image, to_image, to_tensor
 from gannorm.errors import RequestError
 from gannorm.tasks import ClassConditional, CycleGAN, Task
+from gannorm.training import checkpoint
 from gannorm.training.captions import sheet
 
 Tell = Callable[[float, str], None]  # a share of the work, and what is done next
@@ -145,6 +146,7 @@ class _OwnFilesAlone:
 
 def checkpoints(path: Path) -> dict[str, Path]:
     """The checkpoints of a run folder by name, the newest first, best.pt last; or a file alone.
+    Damaged ones are left out and named on stderr.
 
     Raises:
         RequestError: there are none.
@@ -152,9 +154,12 @@ def checkpoints(path: Path) -> dict[str, Path]:
     if path.is_file():
         return {path.name: path}
     folder = path / "checkpoints"
-    files = [*sorted(folder.glob("step_*.pt"), reverse=True), *folder.glob("best.pt")]
+    found = [*sorted(folder.glob("step_*.pt"), reverse=True), *folder.glob("best.pt")]
+    files = [file for file in found if _whole(file, _changed(file))]
     if not files:
-        raise RequestError(f"there is no checkpoint or run folder {path} with checkpoints/*.pt")
+        raise RequestError(
+            f"there is no checkpoint or run folder {path} with whole checkpoints/*.pt"
+        )
     return {file.name: file for file in files}
 
 
@@ -168,6 +173,18 @@ def opened(path: Path, name: str) -> Task:
     if name not in files:
         raise RequestError(f"{name} is gone: the run keeps its newest alone; load the page again")
     return _load(files[name], files[name].stat().st_mtime_ns)
+
+
+def _changed(file: Path) -> int:
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:  # the run has deleted it since
+        return 0
+
+
+@lru_cache(maxsize=99)
+def _whole(file: Path, changed: int) -> bool:
+    return checkpoint.is_whole(file)
 
 
 @lru_cache(maxsize=2)

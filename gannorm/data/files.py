@@ -61,6 +61,9 @@ class Files:
     def __len__(self) -> int:
         return len(self.files)
 
+    def name(self, i: int) -> str:
+        return str(self.files[i].path)
+
     @property
     def whole(self) -> bool:
         """Whether images are resized to `image_size` at once."""

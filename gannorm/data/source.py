@@ -6,6 +6,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from gannorm.errors import RequestError
+
 Batch = dict[str, Tensor]
 
 
@@ -22,12 +24,43 @@ class Source(Protocol):
 
 
 @runtime_checkable
+class NamedSource(Source, Protocol):
+    """A source whose images people know by name."""
+
+    def name(self, i: int) -> str: ...
+
+
+@runtime_checkable
 class PartialSource(Source, Protocol):
     """A source whose samples are dear."""
 
     def fetch_part(self, index: list[int], generator: torch.Generator, own: slice) -> Batch:
         """The samples `own` of those that `fetch` returns; no other is made."""
         ...
+
+
+def name(source: Source, i: int) -> str:
+    """Of image i, in words."""
+    return source.name(i) if isinstance(source, NamedSource) else f"number {i}"
+
+
+def finite(batch: Batch, source: Source, index: list[int]) -> Batch:
+    """The batch of these images.
+
+    Raises:
+        RequestError: naming the first that holds NaN or infinity.
+    """
+    images = batch.get("image")
+    if images is not None and not images.sum().isfinite():  # cheaper than to look at each
+        good = images.isfinite().flatten(1).all(1).tolist()
+        if False in good:
+            wrong = [name(source, i) for i, fine in zip(index, good, strict=True) if not fine]
+            more = f" (and {len(wrong) - 1} more of these {len(good)})" if len(wrong) > 1 else ""
+            raise RequestError(
+                f"image {wrong[0]}{more} of {len(source)} in {type(source).__name__} holds NaN or "
+                "infinity; mend or remove it"
+            )
+    return batch
 
 
 @dataclass

@@ -149,5 +149,8 @@ def _evenly(features: Tensor, count: int) -> Tensor:
 
 def _radii(features: Tensor, k: int) -> Tensor:
     """The distance of each sample to its k-th neighbour, itself not counted: (N,)."""
-    parts = [torch.cdist(rows, features).kthvalue(k + 1).values for rows in features.split(ROWS)]
+    parts = [
+        torch.cdist(rows, features).topk(k + 1, largest=False).values[:, -1]
+        for rows in features.split(ROWS)
+    ]
     return torch.cat(parts)

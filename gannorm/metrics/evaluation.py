@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gannorm.data import Batch, Data, Source
 from gannorm.data.digest import digest
+from gannorm.data.source import finite
 from gannorm.metrics import distances
 from gannorm.metrics.features import Embedded, Extractor, Inception, cached, embedded
 from gannorm.metrics.figures import FIGURES, Comparison, of_sets
@@ -161,7 +162,8 @@ def _chunks(source: Source) -> tuple[Tensor, ...]:
 
 
 def _fetch(source: Source, index: Tensor) -> Batch:
-    return source.fetch(index.tolist(), torch.Generator().manual_seed(int(index[0])))
+    generator = torch.Generator().manual_seed(int(index[0]))
+    return finite(source.fetch(index.tolist(), generator), source, index.tolist())
 
 
 def evenly(length: int, count: int) -> Tensor:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from socket import gethostname
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from gannorm.data import Source, batches
 from gannorm.data.digest import digest
 from gannorm.errors import RequestError
+from gannorm.models.fixed_order import AdaptiveAvgPool2d
 from gannorm.parallel import forked_rng
 
 STEPS, BATCH_SIZE, LEARNING_RATE = 250, 64, 2e-3
@@ -53,7 +55,7 @@ class Embedded(Extractor):
             stages.append(nn.Sequential(convolution, nn.BatchNorm2d(c_out), nn.ReLU()))
         self.stages = nn.ModuleList(stages)
         self.neck = nn.Sequential(
-            nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.3),
+            AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.3),
             nn.Linear(96 * 16, FEATURES), nn.ReLU(),
         )  # fmt: skip
         self.head = nn.Linear(FEATURES, num_classes)
@@ -240,13 +242,16 @@ def cached(folder: Path, name: str, make: Callable[[], Any]) -> Any:
     """
     path = folder / f"{name}.pt"
     if path.is_file():
-        with suppress(Exception):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with suppress(Exception), ZipFile(path) as archive:
+            if archive.testzip() is None:  # torch looks at no checksum
+                return torch.load(path, map_location="cpu", weights_only=True)
     made = make()
     # Another run may make the same.
     partial = path.with_suffix(f".{gethostname()}.{os.getpid()}.partial")
-    with suppress(OSError):
+    with suppress(OSError, RuntimeError):  # torch's, for a full disk
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(made, partial)
         os.replace(partial, path)
+    with suppress(OSError):
+        partial.unlink(missing_ok=True)
     return made

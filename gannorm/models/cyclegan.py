@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gannorm import parallel
 from gannorm.models.convolution import Conv2d
+from gannorm.models.fixed_order import ReflectionPad2d
 from gannorm.models.norm_factory import NormFactory, apply_norm
 from gannorm.models.resblock import add_spectral_norm
 
@@ -33,12 +34,12 @@ class ResnetBlock(nn.Module):
         super().__init__()
         bias = norm.conv_bias
         self.conv_block = nn.Sequential(
-            nn.ReflectionPad2d(1),
+            ReflectionPad2d(1),
             nn.Conv2d(channels, channels, 3, bias=bias),
             norm(channels, activation="relu"),
             nn.Identity(),
             *([Dropout(0.5)] if dropout else []),
-            nn.ReflectionPad2d(1),
+            ReflectionPad2d(1),
             nn.Conv2d(channels, channels, 3, bias=bias),
             norm(channels),
         )
@@ -71,7 +72,7 @@ class ResnetGenerator(nn.Module):
         super().__init__()
         bias = norm.conv_bias
         layers: list[nn.Module] = [
-            nn.ReflectionPad2d(3),
+            ReflectionPad2d(3),
             nn.Conv2d(in_channels, width, 7, bias=bias),
             norm(width, activation="relu"),
             nn.Identity(),
@@ -92,7 +93,7 @@ class ResnetGenerator(nn.Module):
                 norm(c, activation="relu"),
                 nn.Identity(),
             ]
-        layers += [nn.ReflectionPad2d(3), nn.Conv2d(width, out_channels, 7), nn.Tanh()]
+        layers += [ReflectionPad2d(3), nn.Conv2d(width, out_channels, 7), nn.Tanh()]
         self.model = nn.Sequential(*layers)
         init_weights(self)
 

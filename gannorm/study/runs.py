@@ -9,7 +9,9 @@ from statistics import fmean
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from scipy.stats import mannwhitneyu
+from yaml import YAMLError
 
 from gannorm.errors import RequestError
 from gannorm.metrics.figures import FIGURES, average, base
@@ -133,9 +135,16 @@ def read(folder: Path) -> tuple[Runs, list[str]]:
 
 
 def _run(member: Member, seed: int, folder: Path) -> Run:
-    config = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"))
-    assert isinstance(config, dict)
-    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    path = folder / ".hydra" / "config.yaml"
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(config, dict):
+            raise ValueError(config)
+        path = folder / "summary.json"
+        summary = json.loads(path.read_text("utf-8"))
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+        # A tag that would run code is an error too.
+        raise RequestError(f"{path} is not what a run has written") from error
     lines = _lines(folder)
     evaluations = [line for line in lines if any(key.startswith("quality/") for key in line)]
     return Run(member, seed, folder, summary, {str(k): v for k, v in config.items()}, evaluations)

@@ -47,7 +47,7 @@ class ClassConditionalEvaluator(Evaluator[ClassConditional]):
         pieces = [slice(start, min(start + CHUNK, reference.count)) for start in starts]
         parts = (
             reference.observe(generators["G"](self.noise[p], self._labels(p)), self._labels(p))
-            for p in pieces[parallel.own(len(pieces))]
+            for p in parallel.each(pieces[parallel.own(len(pieces))])
         )
         samples = Observations.of_all(parts, self.device)
         return Evaluation(self._compared(samples), {"": (reference, samples)})

@@ -77,7 +77,7 @@ class CycleGANEvaluator(Evaluator[CycleGAN]):
             scores.extend((name, v.double()) for name, v in of_pairs(pairs, needs).items())
 
         chunks = evenly(len(test), self._count(way)).split(TRANSLATED)
-        for index in chunks[parallel.own(len(chunks))]:
+        for index in parallel.each(chunks[parallel.own(len(chunks))]):
             batch = test.fetch(index.tolist(), torch.Generator())
             images = batch["image"].to(self.device)
             translated = generator(images)

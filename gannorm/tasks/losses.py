@@ -170,12 +170,15 @@ class ImagePool:
         if self.size == 0:
             return images
         images = gathered(images.detach())
+        kept = images.nan_to_num(
+            0.0, 1.0, -1.0
+        )  # a step may be skipped, and what it made not come back
         if self.images is not None:
             self.images = self.images.to(images.device)  # loaded on the CPU
         filled = 0 if self.images is None else len(self.images)
         free = min(self.size - filled, len(images))
         if free:
-            new = images[:free].clone()
+            new = kept[:free].clone()
             self.images = new if self.images is None else torch.cat([self.images, new])
         assert self.images is not None
         out = images.clone()
@@ -183,7 +186,7 @@ class ImagePool:
             if torch.rand(()) < 0.5:
                 k = int(torch.randint(self.size, ()))
                 out[i] = self.images[k]
-                self.images[k] = images[i]
+                self.images[k] = kept[i]
         return out[own(len(out))]
 
     def state_dict(self) -> dict[str, Tensor | None]:

@@ -69,6 +69,7 @@ class Task(ABC):
         # Of a resumed run: the step that its schedule counts from, and the share of the rates that
         # it never rises above.
         self.schedule_start, self.schedule_cap = 0, 1.0
+        self.halvings = 0  # of the rates, one for each rewind
 
     @property
     def networks(self) -> Networks:
@@ -161,6 +162,7 @@ class Task(ABC):
         optim, first = self.cfg.optim, self.schedule_start
         done = step - first, self.cfg.trainer.steps - first
         factor = min(self.schedule_cap, scheduled(optim.schedule, optim.decay_from, *done))
+        factor *= 0.5**self.halvings
         rates = {"G": optim.lr_g * factor, "D": optim.lr_d * factor}
         for name, rate in rates.items():
             for group in self.optimizers[name].param_groups:
@@ -271,10 +273,15 @@ class Task(ABC):
             "averaged": {name: net.state_dict() for name, net in self.averaged.items()},
             "optimizers": {name: opt.state_dict() for name, opt in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
-            "schedule": {"start": self.schedule_start, "cap": self.schedule_cap},
+            "schedule": {
+                "start": self.schedule_start,
+                "cap": self.schedule_cap,
+                "halvings": self.halvings,
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._freeze_discriminators(False)  # a step that was left may have frozen them
         for name, net in self.networks.items():
             net.load_state_dict(state["networks"][name])
         for name, net in self.averaged.items():
@@ -283,6 +290,7 @@ class Task(ABC):
             optimizer.load_state_dict(state["optimizers"][name])
         schedule = state.get("schedule", {"start": 0, "cap": 1.0})  # older files have none
         self.schedule_start, self.schedule_cap = schedule["start"], schedule["cap"]
+        self.halvings = schedule.get("halvings", 0)
         if state["scaler"]:  # of another precision, it starts anew
             self.scaler.load_state_dict(state["scaler"])
 

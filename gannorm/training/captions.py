@@ -63,7 +63,11 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def elided(name: str, size: int, width: float) -> str:
-    """The name, or so much of its beginning as fits into `width` pixels, and dots."""
+    """The name, or so much of its beginning as fits into `width` pixels, and dots.
+
+    What cannot be shown in a line, as a folder's name may have it, is a question mark.
+    """
+    name = "".join(letter if letter.isprintable() else "?" for letter in name)
     if font(size).getlength(name) <= width:
         return name
     while name and font(size).getlength(f"{name}…") > width:

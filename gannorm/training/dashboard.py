@@ -84,17 +84,20 @@ class Dashboard:
     """
 
     def __init__(
-        self, monitor: Monitor, evaluator: Evaluator[Any], floor: Mapping[str, float]
+        self, monitor: Monitor, evaluator: Evaluator[Any], floor: dict[str, float]
     ) -> None:
-        self.monitor, self.writer, self.floor = monitor, monitor.writer, floor
+        self.monitor, self.floor = monitor, floor
         self.evaluator, self.task = evaluator, evaluator.task
         self.arranged: dict[str, Any] = {}
         self.curves: dict[str, dict[str, Any]] = {}  # of held-out images
 
+    @property
+    def writer(self) -> Any:
+        """The monitor's, which a rewind makes anew."""
+        return self.monitor.writer
+
     @torch.no_grad()
     def show(self, step: int, evaluation: Evaluation) -> None:
-        for tag, value in self.floor.items():
-            self.writer.add_scalar(tag, value, step)
         charts = layout(self.monitor.tags | self.floor.keys())
         if charts != self.arranged:
             self.writer.add_custom_scalars(charts)

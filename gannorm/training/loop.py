@@ -1,11 +1,14 @@
 """The training loop: one visible sequence from a config to a finished run folder."""
 
-import math
+import gc
 import random
 import signal
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -14,18 +17,21 @@ from tqdm import tqdm
 
 from gannorm import parallel
 from gannorm.config import typed
-from gannorm.data import Batch, Data, batches, build_data
+from gannorm.data import Data, batches, build_data
 from gannorm.diagnostics.faults import balance_faults
-from gannorm.diagnostics.nonfinite import first_nonfinite
-from gannorm.errors import RequestError
+from gannorm.errors import RequestError, RunError
 from gannorm.metrics.best import unmeasured
 from gannorm.norms import cpu
-from gannorm.norms.sync import suspended
+from gannorm.parallel import Left
 from gannorm.schema import Config
-from gannorm.tasks import TASKS, Evaluator, Task, build_task
+from gannorm.tasks import TASKS, Evaluator, build_task
 from gannorm.training import checkpoint, weights
 from gannorm.training.dashboard import Dashboard, class_table, environment
+from gannorm.training.determinism import deterministic
+from gannorm.training.folder import owned, write_json
+from gannorm.training.memory import telling_of_memory
 from gannorm.training.monitor import Monitor, Silent
+from gannorm.training.nonfinite import NotFinite, finite
 from gannorm.training.report import (
     closing,
     describe,
@@ -33,7 +39,6 @@ from gannorm.training.report import (
     postfix,
     say,
     versions,
-    write_json,
 )
 from gannorm.training.request import (
     check_pair,
@@ -43,14 +48,19 @@ from gannorm.training.request import (
     mark,
     pick_device,
 )
-from gannorm.training.run import BEST, Meter, Run
+from gannorm.training.rewinding import give_up, go_back
+from gannorm.training.run import Run
+from gannorm.training.saving import save, save_best
 from gannorm.training.stopping import Stop
 
 Groups = dict[str, dict[str, float]]
+Summary = dict[str, Any]
 
 
-def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
+def train(raw: DictConfig, run_dir: Path, begin: Callable[[], None] = lambda: None) -> Summary:
     """Train as the composed config says, into `run_dir`.
+
+    begin: called before anything is written, once nothing can be refused any more.
 
     Returns the content of summary.json.
 
@@ -58,51 +68,87 @@ def train(raw: DictConfig, run_dir: Path) -> dict[str, Any]:
         RequestError: a request that cannot be fulfilled, before anything is written; or images
             that turn out to be unreadable.
         FloatingPointError: a loss became NaN or infinite.
+        RunError: too little memory, a data worker that died or gives no batch, or what the run ends
+            with cannot be written.
+        SystemExit: 128 + the number of a signal (`trainer.stop_signals`).
     """
-    # ---- check the request, build, resume
     cfg = typed(raw)
     device = pick_device(cfg.trainer.device)
-    check_pair(cfg)
-    start_from, state = saved(cfg, run_dir)
-    cfg.data = divided(cfg.data, state["config"] if state else None)
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(cfg.seed)
-    with parallel.one_first():
-        data = build_data(cfg.data)
-    task = build_task(cfg, device, data.num_classes)
-    task.class_names = data.class_names or task.class_names
-    run = Run(task, as_composed(raw, cfg))
-    changes = run.resume(state, start_from, run_dir) if state and start_from else []
-    taken = weights.start(task, cfg.init_from) if cfg.init_from.path and not start_from else []
-    task.share_state()
-    say("\n".join([describe(cfg, task, data, run_dir, start_from, run.step, changes), *taken]))
-    if device.type == "cpu":
-        cpu.keep_memory()
-        cpu.kernels()  # compiled now, if ever: not while something is timed
+    gc.freeze()  # what is imported stays; looking through it takes 0.3 s each time
+    try:
+        with (
+            owned(run_dir),
+            telling_of_memory(cfg, device),
+            deterministic(cfg.trainer.deterministic, device),
+            Stop(cfg.trainer.stop_signals) as stop,
+        ):
+            summary = _train(cfg, raw, run_dir, begin, device, stop)
+            if number := stop.now():
+                raise Left(number)
+    except Left as left:
+        say(f"ended by {signal.Signals(left.number).name}; there was nothing to save")
+        raise SystemExit(128 + left.number) from None
+    finally:
+        gc.unfreeze()
+    return summary
 
-    # ---- what the figures are held against
-    with run.evaluating():
+
+def _train(
+    cfg: Config, raw: DictConfig, run_dir: Path, begin: Callable[[], None], device: torch.device,
+    stop: Stop,
+) -> dict[str, Any]:  # fmt: skip
+    with stop.leaving():
+        # ---- check the request, build, resume
+        check_pair(cfg)
+        start_from, state = saved(cfg, run_dir)
+        cfg.data = divided(cfg.data, state["config"] if state else None)
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(cfg.seed)
         with parallel.one_first():
-            evaluator = TASKS[cfg.model.name].evaluator(task, data)
-        evaluator.share_state()
-        reference = evaluator.reference_figures()
+            data = build_data(cfg.data)
+        task = build_task(cfg, device, data.num_classes)
+        task.class_names = data.class_names or task.class_names
+        run = Run(task, as_composed(raw, cfg))
+        changes = run.resume(state, start_from, run_dir) if state and start_from else []
+        init = cfg.init_from if cfg.init_from.path and not start_from else None
+        taken = weights.start(task, init) if init else []
+        task.share_state()
+        lines = [describe(cfg, task, data, run_dir, start_from, run.step, changes), *taken]
+        say("\n".join(lines))
+        if device.type == "cpu":
+            cpu.keep_memory()
+            cpu.kernels()  # compiled now, if ever: not while something is timed
+
+        # ---- what the figures are held against
+        with run.evaluating():
+            with parallel.one_first():
+                evaluator = TASKS[cfg.model.name].evaluator(task, data)
+            evaluator.share_state()
+            reference = evaluator.reference_figures()
     missing = unmeasured(cfg, data, evaluator.measures)
     if missing is not None:
         say(f"{missing}; there will be no best.pt")
+    begin()
+    take_over(run_dir, start_from)
     monitor = (Monitor if parallel.leads() else Silent)(run_dir, run.step)
     begin_log(monitor, raw, evaluator, reference)
     board = Dashboard(monitor, evaluator, tagged("reference", reference))
 
     # ---- train
-    groups = steps(run, evaluator, data, monitor, board)
+    groups = steps(run, evaluator, data, monitor, board, stop)
 
     # ---- report
-    groups = groups or run.evaluate(evaluator)[0]  # resumed behind the last step
+    if not groups:  # resumed behind the last step
+        with stop.leaving_together():
+            groups = run.evaluate(evaluator)[0]
     summary = summarize(run, evaluator, groups, reference)
     if parallel.leads():
         board.compare(run.config, groups["quality"])
         monitor.close()
-        write_json(run_dir / "summary.json", summary)
+        try:
+            write_json(run_dir / "summary.json", summary)
+        except OSError as error:
+            raise RunError(f"cannot write {run_dir / 'summary.json'}: {error.strerror}") from error
     say(closing(summary, run_dir))
     return summary
 
@@ -116,7 +162,7 @@ def saved(cfg: Config, run_dir: Path) -> tuple[Path | None, dict[str, Any] | Non
 
     def find() -> tuple[Path | None, dict[str, Any] | None]:
         ours = is_restarted(run_dir)  # torchrun goes on by itself
-        path = checkpoint.newest(run_dir) if ours else None
+        path = checkpoint.newest_whole(run_dir) if ours else None
         path = path or find_resume(cfg.resume, run_dir)
         holds_run = path is None and (run_dir / "metrics.jsonl").exists()
         if holds_run and cfg.resume != "auto" and not ours:
@@ -124,10 +170,17 @@ def saved(cfg: Config, run_dir: Path) -> tuple[Path | None, dict[str, Any] | Non
                 f"{run_dir} already holds a run; continue it with resume=auto, or choose another "
                 "folder with hydra.run.dir="
             )
-        mark(run_dir)
-        return path, None if path is None else checkpoint.load(path)
+        return path, None if path is None else checkpoint.of_a_run(path)
 
     return parallel.from_first(find)
+
+
+def take_over(run_dir: Path, start_from: Path | None) -> None:
+    """The first changes to a run folder, once nothing can be refused any more."""
+    if parallel.leads():
+        mark(run_dir)
+        if start_from:
+            checkpoint.set_aside(run_dir, start_from)
 
 
 def as_composed(raw: DictConfig, cfg: Config) -> dict[str, Any]:
@@ -150,6 +203,8 @@ def summarize(
         "reference": reference,
         "protocol": evaluator.protocol(),
         "skipped_images": len(evaluator.data.skipped),
+        "skipped_steps": run.skipped,
+        "rewinds": run.task.halvings,
         "best": {"figure": cfg.metrics.best, "value": run.best.value, "step": run.best.step},
         "training_seconds": round(run.seconds, 1),
         "evaluation_seconds": round(run.evaluation_seconds, 1),
@@ -177,57 +232,102 @@ def begin_log(
 
 
 def steps(
-    run: Run, evaluator: Evaluator[Any], data: Data, monitor: Monitor, board: Dashboard
+    run: Run, evaluator: Evaluator[Any], data: Data, monitor: Monitor, board: Dashboard, stop: Stop
 ) -> Groups:
     """Train to the run's end, logging, evaluating, saving on the way: the last evaluation.
 
     Raises:
         SystemExit: 128 + the signal that ended it before.
     """
-    task, cfg = run.task, run.cfg
+    if run.step == 0:
+        show_samples(run, evaluator, monitor)
+    rewinds = run.cfg.trainer.on_nonfinite == "rewind"
+    if rewinds and parallel.from_first(lambda: checkpoint.newest(monitor.run_dir)) is None:
+        save(run, monitor, last=True)  # there must be one to go back to
+    bar = tqdm(
+        total=run.cfg.trainer.steps, initial=run.step, unit="step", dynamic_ncols=True,
+        disable=not parallel.leads(),
+    )  # fmt: skip
+    with bar:
+        while True:
+            try:
+                try:
+                    return stretch(run, evaluator, data, monitor, board, stop, bar)
+                except Left as left:  # while it waited for a batch
+                    end(run, monitor, left.number)
+            except NotFinite as fault:
+                if not rewinds or run.task.halvings >= run.cfg.trainer.nonfinite_limit:
+                    give_up(run, monitor, fault)
+                go_back(run, monitor, fault)
+                bar.n = run.step
+
+
+def stretch(
+    run: Run, evaluator: Evaluator[Any], data: Data, monitor: Monitor, board: Dashboard,
+    stop: Stop, bar: Any,
+) -> Groups:  # fmt: skip
+    """The steps to the run's end, or to a number that is none."""
+    task, cfg, meter = run.task, run.cfg, run.meter
     every, total, per_step = cfg.trainer, cfg.trainer.steps, task.batches_per_step
     whole = cfg.data.whole_batch
     loader = batches(
         data.domains, batch_size=whole, start=run.step * per_step, stop=total * per_step,
-        seed=cfg.seed, num_workers=cfg.data.num_workers, own=parallel.own(whole),
+        seed=run.seed, num_workers=cfg.data.num_workers, own=parallel.own(whole),
+        timeout=cfg.data.worker_timeout, signals=every.stop_signals,
     )  # fmt: skip
-    if run.step == 0:
-        show_samples(run, evaluator, monitor)
     groups: Groups = {}
-    meter = Meter(whole * per_step)
-    bar = tqdm(
-        total=total, initial=run.step, unit="step", dynamic_ncols=True, disable=not parallel.leads()
-    )
-    with bar, Stop() as stop:
+    with loader:
+        if run.due:  # what a signal left out
+            groups = settle(run, evaluator, monitor, board, stop, 0, save_it=True)
         while not run.finished:
             stop.ask()
             began = time.perf_counter()
             rates = task.set_learning_rates(run.step)
+            with stop.leaving() if parallel.world() == 1 else nullcontext():
+                run.taken = [next(loader) for _ in range(per_step)]
             with task.norm_backend():
-                taken = [next(loader) for _ in range(per_step)]
-                losses = task.train_step(taken)
+                losses = task.train_step(run.taken)
             task.update_averages(run.step)
             run.step += 1
             meter.add(losses, time.perf_counter() - began)
             run.seconds += time.perf_counter() - began
 
-            ended = run.step == total
-            signalled = stop.asked()
-            stopped = 0 if ended else signalled
-            evaluated = (run.step % every.eval_every == 0 or ended) and not stopped
-            if run.step % every.log_every == 0 or evaluated:
-                figures = log(run, meter, rates, taken, monitor)
+            ended, stopped = run.step == total, stop.asked()
+            run.due = run.step % every.eval_every == 0 or ended
+            if run.step % every.log_every == 0 or run.due:
+                figures = log(run, rates, monitor)
                 bar.set_postfix(postfix(figures, groups, run.evaluation_share))
-            if evaluated:
-                groups = assess(run, evaluator, monitor, board)
+            found = settle(run, evaluator, monitor, board, stop, stopped)
+            if found:
+                groups = found
                 bar.set_postfix(postfix(figures, groups, run.evaluation_share))
-            if run.step % every.sample_every == 0 or run.finished:
-                show_samples(run, evaluator, monitor)
-            if run.step % every.checkpoint_every == 0 or run.finished or stopped:
-                save(run, monitor.run_dir)
             bar.update()
-            if stopped:
-                end(run, monitor, stopped)
+    return groups
+
+
+def settle(
+    run: Run, evaluator: Evaluator[Any], monitor: Monitor, board: Dashboard, stop: Stop,
+    stopped: int, save_it: bool = False,
+) -> Groups:  # fmt: skip
+    """Behind a step: evaluate, show samples, save, where that is due; the evaluation's figures.
+
+    stopped: the signal for which it ends; an evaluation is then left for the continuation.
+    """
+    every, groups = run.cfg.trainer, {}
+    if run.due and not stopped:
+        try:
+            groups = assess(run, evaluator, monitor, board, stop)
+        except Left as left:
+            stopped = left.number
+    shown = not run.due and (run.step % every.sample_every == 0 or run.finished)
+    if shown:
+        show_samples(run, evaluator, monitor)
+    if save_it or run.step % every.checkpoint_every == 0 or run.finished or stopped:
+        save(run, monitor, last=bool(run.finished or stopped))
+    if not stopped and (groups or shown or run.saved_step == run.step):  # that took a while
+        stopped = stop.now()
+    if stopped:
+        end(run, monitor, stopped)
     return groups
 
 
@@ -237,15 +337,10 @@ def show_samples(run: Run, evaluator: Evaluator[Any], monitor: Monitor) -> None:
             monitor.images(run.step, evaluator.samples())
 
 
-def save(run: Run, run_dir: Path) -> None:
-    if parallel.leads():
-        path = run_dir / "checkpoints" / f"step_{run.step:08d}.pt"
-        checkpoint.save(path, run.state_dict())
-        checkpoint.prune(run_dir, run.cfg.trainer.keep_checkpoints)
-
-
-def end(run: Run, monitor: Monitor, number: int) -> None:
+def end(run: Run, monitor: Monitor, number: int) -> NoReturn:
     """End the process for a signal, once the first one's checkpoint is written."""
+    if run.saved_step != run.step:
+        save(run, monitor, last=True)
     monitor.close()
     parallel.from_first(lambda: None)
     say(
@@ -255,97 +350,73 @@ def end(run: Run, monitor: Monitor, number: int) -> None:
     raise SystemExit(128 + number)
 
 
-def log(
-    run: Run, meter: Meter, rates: dict[str, float], taken: list[list[Batch]], monitor: Monitor
-) -> dict[str, float]:
-    """The averages since the last log, checked and written."""
-    began = time.perf_counter()
+def log(run: Run, rates: dict[str, float], monitor: Monitor) -> dict[str, float]:
+    """The averages since the last log, checked and written.
+
+    Raises:
+        NotFinite: one is NaN or infinite, or too many steps were skipped for one.
+    """
+    meter, began = run.meter, time.perf_counter()
+    count = meter.steps
     figures = meter.read()  # waits for a GPU
     run.seconds += time.perf_counter() - began
-    figures = finite(figures, run.step, run.task, taken, monitor)
-    check_replicas(run)
+    if meter.skips is not None:
+        run.skipped += meter.skipped
+        figures["health/skipped_steps"] = float(run.skipped)
+        if meter.skipped:
+            say(
+                f"warning: step {run.step}: {meter.skipped} of the last {count} steps skipped: "
+                "losses or gradients are not finite"
+            )
+    figures = finite(figures, run.step, run.task, run.taken, meter.row)
+    if run.cfg.trainer.on_nonfinite == "rewind":
+        figures["health/rewinds"] = float(run.task.halvings)
+    run.check_replicas()
     figures |= {f"lr/{name}": rate for name, rate in rates.items()}
     figures |= run.watch.report(run.step, balance_faults(figures), monitor)
-    monitor.scalars(run.step, figures)
+    monitor.scalars(run.step, figures, **run.notes)
+    run.notes = {}
     return figures
 
 
-def assess(run: Run, evaluator: Evaluator[Any], monitor: Monitor, board: Dashboard) -> Groups:
-    """Diagnose, evaluate, log, keep best.pt: the figures of quality by group."""
+def assess(
+    run: Run, evaluator: Evaluator[Any], monitor: Monitor, board: Dashboard, stop: Stop
+) -> Groups:
+    """Diagnose, evaluate, log, keep best.pt: the figures of quality by group.
+
+    Raises:
+        Left: for a signal; then nothing is logged, and training is as it was.
+    """
     figures: dict[str, float] = {}
-    if parallel.leads():
-        with run.evaluating():
-            figures, faults = evaluator.diagnose()
-        figures |= run.watch.report(run.step, faults, monitor)
-    groups, evaluation = run.evaluate(evaluator)
+    faults: dict[str, str] = {}
+    generators = checkpoint.rng_state()
+    try:
+        with stop.leaving_together():
+            if parallel.leads():
+                with run.evaluating():
+                    figures, faults = evaluator.diagnose()
+            groups, evaluation = run.evaluate(evaluator)
+    except Left:
+        checkpoint.set_rng_state(generators)
+        raise
+    run.due = False
+    figures |= run.watch.report(run.step, faults, monitor)
     for group, values in groups.items():
         figures |= tagged(group, values)
     figures["speed/evaluation_share"] = run.evaluation_share
-    monitor.scalars(run.step, figures, protocol=evaluator.protocol())
+    monitor.scalars(run.step, figures | board.floor, protocol=evaluator.protocol())
+    before = replace(run.best)
     better = run.best.update(run.cfg.metrics.best, groups["quality"], run.step)
     if parallel.leads():
         with run.evaluating():
             board.show(run.step, evaluation)
-        if better:
-            checkpoint.save(monitor.run_dir / BEST, run.state_dict())
+            gc.collect()  # figures hold themselves, and would wait for Python's turn
+    if better and not parallel.from_first(lambda: save_best(run, monitor.run_dir)):
+        run.best = before  # the next that is better than what is on the disk
     return groups
-
-
-def check_replicas(run: Run) -> None:
-    """Refuse to go on with networks that are no longer the same in all processes.
-
-    Raises:
-        RuntimeError: naming the first tensor that differs.
-    """
-    where = run.task.replicas_differ() if parallel.world() > 1 else None
-    if where is not None:
-        raise RuntimeError(
-            f"at step {run.step} {where} is not the first process's: the processes train "
-            "different networks. A faulty GPU or memory does that, and so does a part of one's own "
-            "that draws random numbers by itself; the checkpoints before this step are the first "
-            "process's"
-        )
 
 
 def tagged(group: str, figures: dict[str, float]) -> dict[str, float]:
     """group/figure; what is a single class's (class_fid/3) is shown of `quality` alone."""
     out = {f"{group}/{name}": v for name, v in figures.items() if "/" not in name}
     return out | ({k: v for k, v in figures.items() if "/" in k} if group == "quality" else {})
-
-
-def where_it_began(task: Task, taken: list[list[Batch]]) -> str:
-    """Where `taken`, run again, first gives a NaN or infinity, in words; every process looks."""
-    with task.norm_backend(), parallel.alone(), suspended():
-        found = first_nonfinite(task.networks, lambda: task.train_step(taken))
-    everywhere = parallel.joined([] if found is None else [(*found, parallel.rank())])
-    if not everywhere:
-        return "with every layer finite when run again"
-    _, place, process = min(everywhere)
-    return f"first in {place}" + (f", in process {process}" if parallel.world() > 1 else "")
-
-
-def finite(
-    figures: dict[str, float], step: int, task: Task, taken: list[list[Batch]], monitor: Monitor
-) -> dict[str, float]:
-    """The figures; less gradients that fp16 skipped to find its loss scale.
-
-    Raises:
-        FloatingPointError: any other that is NaN or infinite. No weight is, since `_descend` leaves
-            them; so `taken`, the last batches, run again show where it begins.
-    """
-    precision = task.cfg.trainer.precision
-    bad = {name: value for name, value in figures.items() if not math.isfinite(value)}
-    if precision == "fp16":
-        bad = {name: value for name, value in bad.items() if name.startswith("loss/")}
-    if bad:
-        name, value = next(iter(bad.items()))
-        text = f"{name} became {value} before step {step}, {where_it_began(task, taken)}"
-        monitor.scalars(step, {"health/not_finite": 1.0})
-        monitor.text("health/not_finite", text, step)
-        monitor.close()
-        raise FloatingPointError(
-            f"{text}; lower optim.lr_g and optim.lr_d, set optim.clip_norm=1, or use a wider "
-            f"trainer.precision than {precision}; checkpoints before this step are kept"
-        )
-    kept = {name: value for name, value in figures.items() if math.isfinite(value)}
-    return {**kept, "health/not_finite": 0.0}

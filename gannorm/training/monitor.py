@@ -1,17 +1,22 @@
-"""Where a run's figures and pictures go: TensorBoard, metrics.jsonl, PNG files."""
+"""Where a run's figures and pictures go: TensorBoard, metrics.jsonl, PNG files.
+
+Of a disk that takes nothing, training does not end: figures wait for it, pictures are left out.
+"""
 
 import json
-import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from gannorm.data.images import to_image
+from gannorm.errors import RequestError, RunError
 from gannorm.training.captions import sheet
+from gannorm.training.folder import replacing, sync, writable
+from gannorm.training.log import Log, Trouble, board
 
 Captions = Callable[[str], tuple[Sequence[str], Sequence[str]]]
 
@@ -20,28 +25,50 @@ class Monitor:
     """Writes to a run folder. After a resume at step k whatever was logged beyond k goes.
 
     captions: by a picture's name, what is written beside its rows and above its columns.
+
+    Raises:
+        RequestError: the folder cannot be written to.
     """
 
     captions: Captions = staticmethod(lambda name: ((), ()))
 
-    def __init__(self, run_dir: Path, start_step: int) -> None:
+    def __init__(self, run_dir: Path, start_step: int, again: bool = False) -> None:
+        """again: step 0, where it starts there, was logged by this run."""
         self.run_dir, self.start_step = run_dir, start_step
-        (run_dir / "samples").mkdir(parents=True, exist_ok=True)
         path, purge = run_dir / "metrics.jsonl", None
-        if path.exists():
-            _drop_after(path, start_step or -1)
-            purge = start_step + 1 if start_step else 0
-        self.file = path.open("a", encoding="utf-8")
+        self.told: dict[str, Any] = {}  # at the step that is gone on from
         self.tags: set[str] = set()  # of the scalars so far
-        self.writer = SummaryWriter(str(run_dir), purge_step=purge, flush_secs=10)
+        self.trouble = Trouble(f"pictures ({run_dir / 'samples'})", "without them")
+        with writable(run_dir):
+            for name in ("samples", "checkpoints"):  # not made later: see `replacing`
+                (run_dir / name).mkdir(parents=True, exist_ok=True)
+            for folder in (run_dir, run_dir.parent):
+                with suppress(PermissionError):  # to read it
+                    sync(folder)
+            if path.exists():
+                last = start_step if start_step or again else -1
+                self.told = _drop_after(path, last)
+                purge = last + 1
+            self.file = Log(path, "figures")
+            self.writer = board(run_dir, purge)
 
     def scalars(self, step: int, values: dict[str, float], **notes: Any) -> None:
         """One line of metrics.jsonl, with `notes` beside, and as many TensorBoard scalars."""
         self.tags |= values.keys()
+        if step == self.start_step:  # a process that was killed here may have told them
+            values = {k: v for k, v in values.items() if k not in self.told}
+            if self.told and not values:
+                return
+            self.told |= values
+        # The line first, which tells the next process: TensorBoard has no figure twice.
+        self.file.write((json.dumps({"step": step, **values, **notes}) + "\n").encode())
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
-        self.file.write(json.dumps({"step": step, **values, **notes}) + "\n")
-        self.file.flush()
+
+    def flush(self) -> None:
+        """Onto the disk: before a checkpoint, so that none is ahead of its log."""
+        self.writer.flush()
+        self.file.sync()
 
     def text(self, name: str, markdown: str, step: int | None = None) -> None:
         self.writer.add_text(name, markdown, step)
@@ -65,10 +92,28 @@ class Monitor:
             missing = height - grid.shape[1]
             columns_ += [torch.nn.functional.pad(grid, (0, 0, 0, missing), value=1.0), gap]
         path = self.run_dir / "samples" / f"step_{step:08d}.png"
-        partial = path.with_suffix(".partial")
-        to_image(torch.cat(columns_[:-1], 2)).save(partial, format="PNG")
-        os.replace(partial, path)
+        picture = to_image(torch.cat(columns_[:-1], 2))
+        try:
+            with replacing(path) as file:
+                picture.save(file, format="PNG")
+            self.trouble.ended()
+        except OSError as error:
+            self.trouble.failed(error)
         return path
+
+    def restart(self, step: int) -> None:
+        """As after a resume at `step`: whatever was logged beyond it goes.
+
+        Raises:
+            RunError: the disk does not let it go.
+        """
+        self.close()
+        try:
+            Monitor.__init__(self, self.run_dir, step, again=True)
+        except RequestError as error:
+            raise RunError(
+                f"cannot go back to step {step}: {error}; or go on with resume={self.run_dir}"
+            ) from error
 
     def close(self) -> None:
         self.writer.close()
@@ -87,26 +132,38 @@ class Silent(Monitor):
     def scalars(self, step: int, values: dict[str, float], **notes: Any) -> None:
         pass
 
+    def flush(self) -> None:
+        pass
+
     def text(self, name: str, markdown: str, step: int | None = None) -> None:
         pass
 
     def images(self, step: int, samples: dict[str, tuple[Tensor, int]]) -> Path:
         raise AssertionError("the first process shows images")
 
+    def restart(self, step: int) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Keep the lines up to `step`; a last line cut short by a crash goes too."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+def _drop_after(path: Path, step: int) -> dict[str, Any]:
+    """Keep the lines up to `step`; a last line cut short by a crash goes too.
+
+    Returns what was told at `step` itself.
+    """
+    kept, told = [], dict[str, Any]()
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] > step:
+            found = json.loads(line)
+            if found["step"] > step:
                 continue
-        except (json.JSONDecodeError, KeyError):
+        except (json.JSONDecodeError, KeyError, TypeError):
             continue
         kept.append(line + "\n")
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+        if found["step"] == step:
+            told |= found
+    with replacing(path) as file:
+        file.write("".join(kept).encode())
+    return told

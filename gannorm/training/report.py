@@ -1,8 +1,7 @@
 """What a run says: at its start, beside its bar, at its end, in summary.json."""
 
-import json
-import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,12 @@ from gannorm.tasks import Task
 def say(text: str) -> None:
     if parallel.leads():
         tqdm.write(text)
+
+
+def tell(text: str) -> None:
+    """One line on stderr, above a bar: of what went wrong and does not end the program."""
+    if parallel.leads():
+        tqdm.write(text, file=sys.stderr)
 
 
 def describe(
@@ -111,9 +116,3 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),  # a TorchVersion would not load as plain values
         "python": platform.python_version(),
     }
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -11,6 +11,7 @@ from gannorm.data import DATA
 from gannorm.errors import RequestError
 from gannorm.schema import Config, DataConfig
 from gannorm.training import checkpoint
+from gannorm.training.folder import replacing, writable
 
 LAUNCH = ".launch"  # in a run folder: which call of torchrun it is of
 
@@ -64,11 +65,16 @@ def divided(data: DataConfig, saved: dict[str, Any] | None) -> DataConfig:
 
 
 def find_resume(resume: str | None, run_dir: Path) -> Path | None:
-    """The checkpoint to go on from: auto means the newest in the run folder, if there is one."""
+    """The checkpoint to go on from: auto means the newest in the run folder, if there is one.
+
+    In place of a damaged one the one before it is taken.
+    """
     if resume is None:
         return None
-    if resume == "auto":
-        return checkpoint.newest(run_dir)
+    if resume == "auto" or Path(resume).resolve() == run_dir.resolve():
+        path = checkpoint.newest_whole(run_dir)
+        if path is not None or resume == "auto":
+            return path
     return checkpoint.resolve(Path(resume))
 
 
@@ -120,5 +126,5 @@ def launch() -> str:
 def mark(run_dir: Path) -> None:
     """Write down whose run this is, for processes that are started again."""
     if launch():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / LAUNCH).write_text(launch(), encoding="utf-8")
+        with writable(run_dir), replacing(run_dir / LAUNCH) as file:
+            file.write(launch().encode())

@@ -64,8 +64,8 @@ def read(path: Path) -> Weights:
     if file.suffix == ".safetensors":
         return _read_safetensors(file)
     content = checkpoint.read(file)
-    if isinstance(content, dict) and "task" in content:
-        return _of_run(file, checkpoint.checked(content, file))
+    if isinstance(content, dict) and isinstance(content.get("format"), int):
+        return _of_run(file, checkpoint.complete(checkpoint.checked(content, file), file))
     state = _state(content, file)
     return Weights(file, {reference.name_of(file.stem, state): state})
 

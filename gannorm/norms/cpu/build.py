@@ -84,7 +84,8 @@ def load(path: Path) -> ctypes.CDLL | None:
     except FileNotFoundError:
         return None
     try:
-        for each, status in ((path.parent, os.stat(path.parent)), (path, os.fstat(file))):
+        folder = os.lstat(path.parent)  # a link counts as what all can write to
+        for each, status in ((path.parent, folder), (path, os.fstat(file))):
             if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
                 raise PermissionError(
                     f"others can write to {each} (owner {status.st_uid}, mode "
