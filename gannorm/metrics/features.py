@@ -248,10 +248,12 @@ def cached(folder: Path, name: str, make: Callable[[], Any]) -> Any:
     made = make()
     # Another run may make the same.
     partial = path.with_suffix(f".{gethostname()}.{os.getpid()}.partial")
-    with suppress(OSError, RuntimeError):  # torch's, for a full disk
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(made, partial)
-        os.replace(partial, path)
-    with suppress(OSError):
-        partial.unlink(missing_ok=True)
+    try:
+        with suppress(OSError, RuntimeError):  # torch's, for a full disk
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(made, partial)
+            os.replace(partial, path)
+    finally:  # for a signal too
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return made

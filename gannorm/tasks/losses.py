@@ -170,9 +170,7 @@ class ImagePool:
         if self.size == 0:
             return images
         images = gathered(images.detach())
-        kept = images.nan_to_num(
-            0.0, 1.0, -1.0
-        )  # a step may be skipped, and what it made not come back
+        kept = images.nan_to_num(0.0, 1.0, -1.0)  # what a skipped step made does not come back
         if self.images is not None:
             self.images = self.images.to(images.device)  # loaded on the CPU
         filled = 0 if self.images is None else len(self.images)

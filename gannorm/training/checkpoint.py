@@ -206,7 +206,7 @@ def newest_whole(run_dir: Path) -> Path | None:
 
 def newer(run_dir: Path, path: Path) -> list[Path]:
     """The checkpoints of a run folder behind `path`, the newest first; all, if it is elsewhere."""
-    files = [file for file in reversed(all_of(run_dir))]
+    files = all_of(run_dir)[::-1]
     here = [file.resolve() for file in files]
     return files[: here.index(path.resolve())] if path.resolve() in here else files
 

@@ -71,10 +71,8 @@ def find_resume(resume: str | None, run_dir: Path) -> Path | None:
     """
     if resume is None:
         return None
-    if resume == "auto" or Path(resume).resolve() == run_dir.resolve():
-        path = checkpoint.newest_whole(run_dir)
-        if path is not None or resume == "auto":
-            return path
+    if resume == "auto":
+        return checkpoint.newest_whole(run_dir)
     return checkpoint.resolve(Path(resume))
 
 
