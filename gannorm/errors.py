@@ -21,7 +21,8 @@ class RunError(RuntimeError):
 def answering_requests() -> Iterator[None]:
     """Turn a RequestError inside the block into its one line and exit code 2.
 
-    A missing package too: the norms need torch alone, the command lines the extra `train`.
+    A missing package too: the norms need torch alone, the command lines the extra `train`. And a
+    file or folder that is somebody else's.
     """
     try:
         yield
@@ -30,6 +31,10 @@ def answering_requests() -> Iterator[None]:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        said = f"cannot open {error.filename}: {error.strerror}"
     except ModuleNotFoundError as error:
         if not error.name or error.name.split(".")[0] in ("gannorm", "torch"):
             raise

@@ -1,7 +1,9 @@
 """A damaged checkpoint of a run folder is named, and the one before it is taken."""
 
 import errno
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,25 @@ def test_a_file_that_cannot_be_read_is_not_damaged(runs, tmp_path, monkeypatch):
     with pytest.raises(RequestError, match=r"cannot read .*step_00000006.pt: Input/output error"):
         train(config("resblock_gan", *STEPS, "trainer.steps=8", "resume=auto"), tmp_path / "run")
     assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["a.pt", "inside/a.pt"])  # the file is closed, or its folder
+def test_a_file_of_somebody_else_is_refused_in_one_line(name, capsys):
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as made:  # tmp_path is closed to others as a whole
+        folder, path = Path(made), Path(made) / name
+        folder.chmod(0o755)
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        closed = folder / Path(name).parts[0]
+        closed.chmod(0)
+        try:
+            os.seteuid(user or 65534)  # root may read whatever is closed
+            said = refused(capsys, "inspect", path)
+        finally:
+            os.seteuid(user)
+            closed.chmod(0o700)
+    assert str(path) in said and "Permission denied" in said and "damaged" not in said
 
 
 def test_one_that_was_asked_for_by_name_is_refused(run_dir, tmp_path, capsys):

@@ -112,7 +112,7 @@ def read(path: Path) -> Any:
     """
     if not path.is_file():
         raise RequestError(f"there is no checkpoint {path}")
-    with path.open("rb") as file:
+    with _opened(path) as file:
         sealed = _check(file, path)
         file.seek(0)
         try:
@@ -127,6 +127,15 @@ def read(path: Path) -> Any:
     if isinstance(content, dict) and content.get("format") == FORMAT and not sealed:
         raise DamagedError(f"{path} is damaged: its digest is gone")
     return content
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:  # deleted since it was listed
+        raise
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def _check(file: BinaryIO, path: Path) -> bool:
@@ -225,7 +234,7 @@ def fault_of(path: Path) -> str | None:
     Raises:
         RequestError: it cannot be read.
     """
-    with path.open("rb") as file:
+    with _opened(path) as file:
         try:
             _check(file, path)
         except DamagedError as error:
