@@ -5,6 +5,8 @@
     python -m benchmarks.moves        bytes that the kernels move, counted without a GPU
     python -m benchmarks.host         what one call costs the host
     python -m benchmarks.step         a training step, part by part
+    python -m benchmarks.profile      where its time goes, by part and operator, beside the floor
+    python -m benchmarks.growth       its time and memory over the batch and the images' size
     python -m benchmarks.scaling      several processes: what they send, cost, and would on 64 GPUs
     python -m benchmarks.convert      somebody's model before and after `convert`
     python -m benchmarks.checkpoint   what the digest of a checkpoint costs
@@ -19,6 +21,6 @@ On a GPU machine:
     pip install -e ".[dev,peers]"
     python -m benchmarks.gpu
 
-norms, moves, host, step, convert, scaling, sync and soak write JSON below `benchmarks/results/`, or
-where --out says.
+norms, moves, host, step, profile, growth, convert, scaling, sync and soak write JSON below
+`benchmarks/results/`, or where --out says.
 """

@@ -1,9 +1,11 @@
 """Time one training step of both tasks, part by part.
 
     python -m benchmarks.step
+    python -m benchmarks.step --peer cut|mimicry|biggan CHECKOUT [OVERRIDE ...]
 
-The default configs on their embedded data; on a GPU the published recipes too, on random images
-of the recipes' shapes. Compared are networks of equal weights that differ in their norms alone:
+The second holds the step against a peer's own one (`benchmarks.against`). The first takes the
+default configs on their embedded data; on a GPU the published recipes too, on random images of the
+recipes' shapes. Compared are networks of equal weights that differ in their norms alone:
 
     ours      norm.backend=auto
     torch     norm.backend=torch, the fallback; on a GPU, where auto means Triton
@@ -21,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,11 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks import timing
+from benchmarks import against, timing
 from gannorm import BatchNorm2d, ConditionalBatchNorm2d, GroupNorm, InstanceNorm2d
 from gannorm.config import typed
 from gannorm.data import Batch, batches, build_data
@@ -42,6 +44,9 @@ from gannorm.errors import answering_requests
 from gannorm.norms.base import NoNorm
 from gannorm.schema import Config, CycleGANConfig
 from gannorm.tasks import Task, build_task
+from gannorm.tasks.graph import GraphedStep
+from gannorm.training.arithmetic import arithmetic
+from gannorm.training.options import prepare, stepping
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 DEFAULTS = {"cyclegan": "model=cyclegan", "resblock_gan": "model=resblock_gan"}
@@ -98,10 +103,7 @@ def random_batches(cfg: Config) -> Iterator[list[Batch]]:
 
 
 class Trained:
-    """One contestant: a task and its batches.
-
-    adapt: what is done to every network once it stands on its device.
-    """
+    """One contestant: a task and its batches."""
 
     def __init__(
         self,
@@ -109,7 +111,6 @@ class Trained:
         overrides: list[str],
         device: str,
         synthetic: bool,
-        adapt: Callable[[nn.Module], object] | None = None,
     ) -> None:
         held = _memory(device)
         backend = ["norm.backend=torch"] if name == "torch" else []
@@ -119,9 +120,8 @@ class Trained:
         self.task = build_task(cfg, torch.device(device), data.num_classes if data else 10)
         if name == "unfused":
             unfuse(self.task)
-        if adapt is not None:
-            for net in self.task.networks.values():
-                adapt(net)
+        prepare(self.task)
+        self.take = stepping(self.task)
         self.batches = (
             random_batches(cfg) if data is None
             else batches(data.domains, batch_size=cfg.data.batch_size, start=0, stop=2**30, seed=0)
@@ -135,11 +135,16 @@ class Trained:
             seed(0)
         # Losses alone: half precision moves a share of few values by one of them.
         self.first = {k: float(v) for k, v in self.step().items() if "/" not in k}
+        while isinstance(self.take, GraphedStep) and self.take.graph is None:
+            self.step()  # until the pools are full
+        if held is not None:
+            torch.cuda.reset_peak_memory_stats()
+            self.step()
         self.peak_bytes = None if held is None else torch.cuda.max_memory_allocated() - held
 
     def stamp(self, part: str) -> None:
         """The time since the last stamp was this part's."""
-        if not self.timed:
+        if not self.timed or isinstance(self.take, GraphedStep):  # nothing stops inside a graph
             return
         if self.device == "cuda":
             torch.cuda.synchronize()
@@ -151,8 +156,9 @@ class Trained:
         self.parts, self.since = {}, time.perf_counter()
         taken = [next(self.batches) for _ in range(self.task.batches_per_step)]
         self.stamp("data")
-        with self.task.norm_backend():
-            losses = self.task.train_step(taken)
+        task = self.task
+        with arithmetic(task.cfg.trainer, task.device), task.norm_backend():
+            losses = self.take(taken)
         self.stamp("rest")
         self.task.update_averages(10**9)
         self.stamp("EMA")
@@ -175,10 +181,16 @@ def measure(
     synthetic: bool,
     steps: int,
     names: Sequence[str] = ("ours", "unfused"),
-    adapt: Callable[[nn.Module], object] | None = None,
+    how: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Medians of the contestants `names` of a config, which take turns."""
-    trained = {who: Trained(who, overrides, device, synthetic, adapt) for who in names}
+    """Medians of the contestants `names` of a config, which take turns.
+
+    how: overrides of ours alone, of how a step is computed.
+    """
+    trained = {
+        who: Trained(who, [*overrides, *(how if who == "ours" else ())], device, synthetic)
+        for who in names
+    }
     parts: dict[str, list[dict[str, float]]] = {who: [] for who in names}
     rates: dict[str, list[float]] = {who: [] for who in names}
     for _ in tqdm(range(steps), desc=name, unit="round"):
@@ -271,9 +283,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"),
                         default="cuda" if torch.cuda.is_available() else "cpu")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="one round of each config")
+    parser.add_argument("--peer", nargs=2, metavar=("NAME", "CHECKOUT"), help="beside its step")
+    parser.add_argument("--rounds", type=int, default=20, help="of --peer; 20 by default")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="of --peer: how ours runs")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     args = parser.parse_args(argv)
     timing.use_device(args.device)
+    if args.overrides and not args.peer:
+        parser.error(f"{args.overrides[0]}: overrides go with --peer")
+    if args.peer:
+        name, checkout = args.peer
+        rounds = 1 if args.quick else args.rounds
+        against.run(name, Path(checkout), args.device, rounds, args.overrides, args.out)
+        return 0
     todo = [(name, [choice], False) for name, choice in DEFAULTS.items()]
     if args.device == "cuda" and not args.quick:
         todo += [(name, [f"experiment={name}"], True) for name in RECIPES]

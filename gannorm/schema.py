@@ -247,7 +247,7 @@ def _signals(names: list[str]) -> list[str]:
 class TrainerConfig(Section):
     steps: PositiveInt
     device: Literal["auto", "cpu", "cuda"]
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Literal["fp32", "tf32", "bf16", "fp16"]
     log_every: PositiveInt
     sample_every: PositiveInt
     eval_every: PositiveInt
@@ -258,6 +258,11 @@ class TrainerConfig(Section):
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
     nonfinite_limit: PositiveInt = 10  # steps skipped in a row, or rewinds
     deterministic: bool = False
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "contiguous"
+    grad_accum: PositiveInt = 1  # batches of an optimizer step
+    checkpointing: bool = False  # of activations: made again in the backward pass
+    compile: bool = False  # the trained networks' forward passes
+    cuda_graph: bool = False  # a whole step
 
 
 class MetricsConfig(Section):

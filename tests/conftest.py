@@ -40,6 +40,16 @@ def the_interpreter_as_a_gpu_rounds():
         yield
 
 
+@pytest.fixture
+def in_float64(monkeypatch):
+    """Networks, images and losses: float32 would hide what differs."""
+    widened = {torch.bool: torch.float32}  # a fused Adam's flag stays float32
+    monkeypatch.setattr(torch.Tensor, "float", lambda t: t.to(widened.get(t.dtype, torch.float64)))
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 LONG = (
     "loop", "train", "export_command", "cpu", "signals", "faults", "sync", "config", "export",
     "gpu_command", "nonfinite", "ops", "task_figures", "killed", "compile", "benchmarks", "weights",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mutants_reliability import RELIABILITY
+from mutants_step import STEP
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +76,7 @@ LAYERS = "test_norms.py"
 
 # fmt: off
 MUTANTS = tuple(Mutant(*m) for m in (
-    *RELIABILITY,
+    *RELIABILITY, *STEP,
     # statistics, reference
     ("ref one-pass variance", REF, "small.square().mean(2), groups) - (error * unit).square()",
      "(x * per_channel(unit, n, c, groups)).square().mean(2), groups) - (mean * unit).square()",

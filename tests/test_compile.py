@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,13 @@ def _launch(groups, shape, dtype, e):
         x, table, table, labels, residual, (buffer, buffer) if given else None, spec, running
     )
     kernels.backward(x, x, table, table, labels, inner, stats, spec, given, True)
+
+
+def _launch_padding(dtype, layout):
+    from gannorm.kernels import pad
+
+    x = torch.empty(2, 64, 32, 32, dtype=dtype, device="meta").to(memory_format=layout)
+    pad.backward(pad.forward(x, (3, 3)), (3, 3))
 
 
 def _accesses(llir: str, names: list[str]) -> list[tuple[str, int]]:
@@ -240,6 +248,10 @@ def _compile_all(target: str, every: int) -> dict:
         few = e.get("last") and groups not in (0, shape[1])
         aligned = shape[2] * shape[3] % 16 == 0 and not few
         _launch(groups, shape, dtype, e)
+    aligned = False  # a border's neighbours are read one by one
+    for dtype, layout in product((F32, BF16, F64), (torch.contiguous_format, torch.channels_last)):
+        case = f"padding {dtype} {layout}"
+        _launch_padding(dtype, layout)
     return {"kernels": _entry_points(), "results": results, "errors": errors}
 
 

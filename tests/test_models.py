@@ -83,13 +83,18 @@ def test_generator_equals_the_plain_torch_sequence():
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     nn, F = torch.nn, torch.nn.functional
     conv = {i: m for i, m in enumerate(net.model) if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)}
-    h = F.relu(F.instance_norm(conv[1](F.pad(x, (3,) * 4, "reflect"))))
+
+    def convolved(layer, x):
+        padded = F.pad(x, (layer.padding[0],) * 4, "reflect")
+        return F.conv2d(padded, layer.weight, layer.bias)
+
+    h = F.relu(F.instance_norm(convolved(conv[1], x)))
     h = F.relu(F.instance_norm(conv[4](h)))
     block = net.model[7].conv_block
-    r = F.relu(F.instance_norm(block[1](F.pad(h, (1,) * 4, "reflect"))))
-    h = h + F.instance_norm(block[5](F.pad(r, (1,) * 4, "reflect")))
+    r = F.relu(F.instance_norm(convolved(block[1], h)))
+    h = h + F.instance_norm(convolved(block[5], r))
     h = F.relu(F.instance_norm(conv[8](h)))
-    y = torch.tanh(conv[12](F.pad(h, (3,) * 4, "reflect")))
+    y = torch.tanh(convolved(conv[12], h))
     torch.testing.assert_close(net(x), y, rtol=1e-9, atol=1e-9)
 
 
@@ -142,9 +147,29 @@ def test_preact_block_is_sngans():
     def bn(t: torch.Tensor) -> torch.Tensor:
         return F.relu(F.batch_norm(t, None, None, training=True))
 
-    h = block.conv2(bn(block.conv1(F.interpolate(bn(x), scale_factor=2))))
+    h = block.conv2(bn(block.conv1(bn(x))))  # conv1 upsamples
     expected = h + block.shortcut(F.interpolate(x, scale_factor=2))
     torch.testing.assert_close(block(x, None), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_biases_that_a_norm_takes_off_are_not_trained():
+    """Whatever they are, the output is the same; all others are trained."""
+    torch.manual_seed(0)
+    nets = (ResnetGenerator(3, 3, INSTANCE, width=4, blocks=1),
+            PatchDiscriminator(3, INSTANCE, width=4, layers=2))  # fmt: skip
+    for net, count in zip(nets, (7, 2), strict=True):
+        net.double()
+        x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+        before, frozen = net(x), [p for p in net.parameters() if not p.requires_grad]
+        assert len(frozen) == count
+        with torch.no_grad():
+            for bias in frozen:
+                bias.normal_()
+        torch.testing.assert_close(net(x), before, rtol=1e-10, atol=1e-10)
+        net(x).square().sum().backward()
+        assert all((p.grad.abs() > 0).any() for p in net.parameters() if p.requires_grad)
+    with_batch_norm = ResnetGenerator(3, 3, batch(), width=4, blocks=1)
+    assert all(p.requires_grad for p in with_batch_norm.parameters())
 
 
 def test_projection_discriminator():

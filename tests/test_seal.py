@@ -146,7 +146,8 @@ def test_weights_of_others(tmp_path, capsys):
     assert weights.read(path).networks.keys() == {"G_A"}
     whole, first = path.read_bytes(), next(iter(state.values()))
     damaged = bytearray(whole)
-    damaged[whole.index(first.numpy().tobytes()[:64]) + 5] ^= 1
+    stored = first.permute(0, 2, 3, 1).contiguous().numpy().tobytes()  # channels last
+    damaged[whole.index(stored[:64]) + 5] ^= 1
     path.write_bytes(damaged)
     assert f"{path} is damaged: the checksum of" in refused(capsys, "inspect", path)
     torch.save(state, path, _use_new_zipfile_serialization=False)  # has no checksums

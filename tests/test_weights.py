@@ -274,7 +274,8 @@ def test_which_weights_are_taken(tmp_path):
         for name in task.generators:
             same_state(task.generators[name], source[name])
             same_state(task.averaged[name], source[name])
-            assert all(p.requires_grad for p in task.generators[name].parameters())
+            trained = [p.requires_grad for p in task.generators[name].parameters()]
+            assert trained == [p.requires_grad for p in run.generators[name].parameters()]
         for name, net in task.discriminators.items():
             same_state(net, run.discriminators[name])
 

@@ -90,14 +90,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def needed(report: Report) -> dict[str, str]:
     """Failures that are faults: not every variant of a step has to run, and no peer."""
-    optional = ("channels_last", "compile")
     if report.stage == "run":  # two items: what was cut off there is an answer that is missing
         return report.failed | dict.fromkeys(report.not_reached, "not reached")
     return {
         name: why
         for name, why in report.faults.items()
         if not name.startswith(stages.PEERS)
-        and (report.stage != "step" or not name.endswith(optional))
+        and (report.stage != "step" or not name.endswith(stages.OPTIONAL))
     }
 
 

@@ -27,6 +27,8 @@ PERCENT, TIMES_EAGER, TIMES_COMPILE = 90.0, 2.5, 1.3
 COMPILED = 8  # cases beside torch.compile, which takes seconds for each
 WITHIN = 30.0  # seconds for the plans of one case
 PUBLISHED, PEERS, HOST, GROWTH = "published ", "peers, ", "host cost, ", "growth"
+# Variants of a step that need not run.
+OPTIONAL = ("tf32+graph", "checkpointing", "compile")
 
 
 # ---- right

@@ -41,7 +41,11 @@ def _run(report: Report, context: stages.Context) -> list[str]:
         f"    {name}: {result['images_per_second']:.0f} images/s, {result['seconds']:.0f} s; first "
         f"losses {_losses(result['losses'])}, on the CPU {_losses(result['losses_cpu'])}"
         for name, result in report.items.items()
-        if "losses" in result
+        if "losses_cpu" in result
+    ] + [
+        f"    {name}: {result['seconds']:.0f} s; first losses {_losses(result['losses'])}"
+        for name, result in report.items.items()
+        if "losses" in result and "losses_cpu" not in result
     ]
 
 
@@ -121,8 +125,16 @@ def _step(report: Report, context: stages.Context) -> list[str]:
                 strict=True,
             )
         ]  # fmt: skip
-        lines += [f"    {name}: {'; '.join(who)}"] if who else []
+        lines += [f"    {name}: {'; '.join(who)}{_beside_twin(row)}"] if who else []
     return lines
+
+
+def _beside_twin(row: dict[str, Any]) -> str:
+    rates, peaks = row["images_per_second"], row["peak_bytes"]
+    words = f"; {rates['ours'] / rates['unfused']:.2f} times the twin's speed"
+    return words + (
+        f", {peaks['ours'] / peaks['unfused']:.0%} of its memory" if peaks["ours"] else ""
+    )
 
 
 def _processes(report: Report, context: stages.Context) -> list[str]:

@@ -5,6 +5,7 @@ import math
 import random
 import shutil
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
@@ -15,25 +16,33 @@ from unittest import mock
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
-from torch import nn
 
 from benchmarks import step
 from benchmarks.gpu.engine import Context, Result
+from benchmarks.gpu.stages import OPTIONAL
 from gannorm.config import typed
 from gannorm.data import batches, build_data
 from gannorm.tasks import build_task
 from gannorm.training.loop import train
+from gannorm.training.options import stepping
 
 STEPS, COMPARED = 60, 5
 BF16 = 0.05  # of first losses, in place of `step.AGREE`: the twin rounds up to three times
 # The first step's losses, and those behind the optimizers' first steps: relative, and absolute.
 FIRST, LATER = (0.02, 0.02), (0.2, 0.1)
 # Of the recipes, and what is done to a network for it; in the order of what is to be known first.
-VARIANTS: dict[str, tuple[list[str], Callable[[nn.Module], object] | None]] = {
-    "fp32": ([], None),
-    "bf16": (["trainer.precision=bf16"], None),
-    "channels_last": ([], lambda net: net.to(memory_format=torch.channels_last)),
-    "compile": ([], lambda net: net.compile()),
+# Overrides of both, and of ours alone: "everything" is what a GPU can do against torch as it is,
+# with TF32 in its convolutions.
+VARIANTS: dict[str, tuple[list[str], list[str]]] = {
+    "fp32": ([], []),
+    "bf16": (["trainer.precision=bf16"], []),
+    "everything": (
+        ["trainer.precision=tf32"],
+        ["trainer.precision=bf16", "trainer.cuda_graph=true"],
+    ),
+    "tf32+graph": (["trainer.precision=tf32"], ["trainer.cuda_graph=true"]),
+    "checkpointing": ([], ["trainer.checkpointing=true"]),
+    "compile": (["trainer.compile=true"], []),
 }
 RECIPES = ("cyclegan_horse2zebra", "sngan_cifar10")
 LAST = "biggan_cifar10"
@@ -41,6 +50,9 @@ SMALL = {
     "cyclegan": ["model=cyclegan", "model.width=8", "model.blocks=1", "model.d_width=8"],
     "resblock_gan": ["model=resblock_gan", "model.g_widths=[8,8,8,8]", "model.d_widths=[8,8,8,8]"],
 }
+GRAPHED, GRAPHED_STEPS, CLOSE = " in a graph", 20, 8
+# Pools that are full after three steps.
+FEW = {"cyclegan": ["data.batch_size=2", "model.pool_size=6"], "resblock_gan": []}
 
 
 @contextmanager
@@ -80,7 +92,7 @@ def little(rehearsed: bool) -> Iterator[None]:
 
 
 def run_items(context: Context) -> list[str]:
-    return list(SMALL)
+    return [*SMALL, *(f"{name}{GRAPHED}" for name in SMALL)]
 
 
 def shortened(name: str, steps: int, context: Context) -> list[str]:
@@ -92,6 +104,8 @@ def shortened(name: str, steps: int, context: Context) -> list[str]:
 
 def run_run(name: str, context: Context) -> Result:
     """A default training through `train`: its first losses beside the CPU's, its speed."""
+    if name.endswith(GRAPHED):
+        return in_a_graph(name.removesuffix(GRAPHED), context)
     folder, steps = context.out / "run" / name, 3 if context.rehearsed else STEPS
     overrides = shortened(name, steps, context)
     shutil.rmtree(folder, ignore_errors=True)  # an earlier run's: `train` would not overwrite it
@@ -113,6 +127,32 @@ def run_run(name: str, context: Context) -> Result:
         "losses_cpu": expected,
         "quality": summary["quality"],
     }
+
+
+def in_a_graph(name: str, context: Context) -> Result:
+    """A small training's steps with `trainer.cuda_graph` and without, on the same images."""
+    found, began = {}, time.perf_counter()
+    for graphed in (False, True):
+        overrides = [*SMALL[name], *FEW[name], f"trainer.device={context.device}"]
+        cfg = step.configured(*overrides, "trainer.steps=1000", f"trainer.cuda_graph={graphed}")
+        torch.manual_seed(0)
+        random.seed(0)
+        task = build_task(cfg, torch.device(context.device), 10)
+        count = GRAPHED_STEPS * task.batches_per_step
+        taken = iter([next(step.random_batches(cfg)) for _ in range(count)])  # each another one
+        take, losses = stepping(task), []
+        torch.manual_seed(1)  # the same noise and choices
+        for number in range(GRAPHED_STEPS):
+            task.set_learning_rates(number)
+            with task.norm_backend():
+                each = take([next(taken) for _ in range(task.batches_per_step)])
+            task.update_averages(number)
+            losses.append({k: float(v) for k, v in each.items() if "/" not in k})
+        found[graphed] = losses
+    wrong = disagreement(found[True], found[False], "without a graph", CLOSE)
+    if wrong == "" and found[True][-1] == found[True][-2]:
+        wrong = "a replay repeats the step before"
+    return {"wrong": wrong, "seconds": time.perf_counter() - began, "losses": found[True]}
 
 
 def logged(folder: Path, steps: int) -> tuple[list[dict[str, float]], float]:
@@ -149,11 +189,15 @@ def first_losses(raw: Any, steps: int) -> list[dict[str, float]]:
 
 
 def disagreement(
-    found: list[dict[str, float]], expected: list[dict[str, float]], where: str = "on the CPU"
-) -> str:
-    """The first loss that is not finite, or not what it is elsewhere, in words."""
+    found: list[dict[str, float]], expected: list[dict[str, float]], where: str = "on the CPU",
+    close: int = 1,
+) -> str:  # fmt: skip
+    """The first loss that is not finite, or not what it is elsewhere, in words.
+
+    close: how many steps are held to the first one's tolerance.
+    """
     for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-        relative, absolute = LATER if number else FIRST
+        relative, absolute = FIRST if number < close else LATER
         for name, value in theirs.items():
             got = ours.get(name, math.nan)
             if not abs(got - value) <= relative * abs(value) + absolute:
@@ -167,11 +211,12 @@ def disagreement(
 def step_items(context: Context) -> list[str]:
     if context.rehearsed:
         return [
-            f"{name} {variant}" for name in SMALL for variant in ("fp32", "bf16", "channels_last")
-        ]
-    sure, others = list(VARIANTS)[:2], list(VARIANTS)[2:]
+            f"{name} {variant}"
+            for name in SMALL for variant in ("fp32", "everything", "checkpointing")
+        ]  # fmt: skip
+    sure = [variant for variant in VARIANTS if variant not in OPTIONAL]
     pairs = [(n, v) for v in sure for n in (*RECIPES, LAST)] + [
-        (n, v) for v in others for n in RECIPES
+        (n, v) for v in OPTIONAL for n in RECIPES
     ]
     return [" ".join(pair) for pair in pairs]
 
@@ -184,12 +229,11 @@ def run_step(item: str, context: Context) -> Result:
     if plans.exists():
         launch.PLANS = plans
     name, variant = item.split()
-    overrides, adapt = VARIANTS[variant]
+    overrides, how = VARIANTS[variant]
     which = SMALL[name] if context.rehearsed else [f"experiment={name}"]
     row = step.measure(
         item, [*which, *overrides], context.device, True, 1 if context.rehearsed else 8,
-        adapt=adapt,
+        how=how,
     )  # fmt: skip
-    return row | {
-        "wrong": step.disagreement(row["first_losses"], BF16 if variant == "bf16" else step.AGREE)
-    }
+    halves = "trainer.precision=bf16" in (*overrides, *how)
+    return row | {"wrong": step.disagreement(row["first_losses"], BF16 if halves else step.AGREE)}

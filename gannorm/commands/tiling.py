@@ -53,12 +53,12 @@ class Picture:
 
 
 class Convolved:
-    """A convolution of a map, behind `reflect` rows and columns of reflection padding."""
+    """A convolution of a map, with zeros or a reflection around it."""
 
-    def __init__(self, source: Map, conv: nn.Conv2d, reflect: int) -> None:
-        self.source, self.conv, self.reflect = source, conv, reflect
+    def __init__(self, source: Map, conv: nn.Conv2d) -> None:
+        self.source, self.conv = source, conv
         padding: Any = conv.padding  # a number for each side; a name in other networks alone
-        self.rows, self.columns = reflect + padding[0], reflect + padding[1]
+        self.rows, self.columns = padding
         _, height, width = source.shape
         (self.kernel, kernel), (self.stride, stride) = conv.kernel_size, conv.stride
         self.shape = (
@@ -70,7 +70,7 @@ class Convolved:
     def read(self, top: int, bottom: int) -> Tensor:
         first = top * self.stride - self.rows
         end = (bottom - 1) * self.stride - self.rows + self.kernel
-        if self.reflect:
+        if self.conv.padding_mode == "reflect":
             last = self.source.shape[1] - 1
             wanted = last - (last - torch.arange(first, end).abs()).abs()
             start = int(wanted.min())
@@ -250,14 +250,11 @@ class Tiler:
         self.done()
 
     def _through(self, modules: Iterable[nn.Module], x: Map) -> Map:
-        reflect = 0
         for module in modules:
-            if isinstance(module, nn.ReflectionPad2d):
-                reflect = module.padding[0]
-            elif isinstance(module, nn.ConvTranspose2d):
+            if isinstance(module, nn.ConvTranspose2d):
                 x = Upsampled(x, module)
             elif isinstance(module, nn.Conv2d):
-                x, reflect = Convolved(x, module, reflect), 0
+                x = Convolved(x, module)
             elif isinstance(module, ResnetBlock):
                 inner = self._through(module.conv_block[:-1], x)
                 x = self._kept(self._norm(module.conv_block[-1], inner, x))

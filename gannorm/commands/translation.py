@@ -78,7 +78,7 @@ def add(commands: Any) -> None:
         "--compare", action="store_true", help="write the source to the left of the translation"
     )
     two.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    two.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32")
+    two.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     two.set_defaults(run=run)
 
 

@@ -1,19 +1,20 @@
 """CycleGAN's networks (Zhu et al., 2017), weight for weight those of the reference PyTorch code.
 
-Where a norm has its activation fused in, an `nn.Identity` holds the activation's place in the
-`nn.Sequential`, so that the state_dict keys are the reference's.
+Where a norm has its activation fused in, or a convolution its reflection padding, an `nn.Identity`
+holds that one's place in the `nn.Sequential`, so that the state_dict keys are the reference's.
 """
 
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from gannorm import parallel
 from gannorm.models.convolution import Conv2d
-from gannorm.models.fixed_order import ReflectionPad2d
 from gannorm.models.norm_factory import NormFactory, apply_norm
-from gannorm.models.resblock import add_spectral_norm
+from gannorm.models.resblock import spectrally_normalize
+from gannorm.norms.layers import BatchNorm2d, InstanceNorm2d
 
 
 class Dropout(nn.Dropout):
@@ -34,13 +35,13 @@ class ResnetBlock(nn.Module):
         super().__init__()
         bias = norm.conv_bias
         self.conv_block = nn.Sequential(
-            ReflectionPad2d(1),
-            nn.Conv2d(channels, channels, 3, bias=bias),
+            nn.Identity(),
+            Conv2d(channels, channels, 3, padding=1, padding_mode="reflect", bias=bias),
             norm(channels, activation="relu"),
             nn.Identity(),
             *([Dropout(0.5)] if dropout else []),
-            ReflectionPad2d(1),
-            nn.Conv2d(channels, channels, 3, bias=bias),
+            nn.Identity(),
+            Conv2d(channels, channels, 3, padding=1, padding_mode="reflect", bias=bias),
             norm(channels),
         )
 
@@ -72,8 +73,8 @@ class ResnetGenerator(nn.Module):
         super().__init__()
         bias = norm.conv_bias
         layers: list[nn.Module] = [
-            ReflectionPad2d(3),
-            nn.Conv2d(in_channels, width, 7, bias=bias),
+            nn.Identity(),
+            Conv2d(in_channels, width, 7, padding=3, padding_mode="reflect", bias=bias),
             norm(width, activation="relu"),
             nn.Identity(),
         ]
@@ -93,9 +94,11 @@ class ResnetGenerator(nn.Module):
                 norm(c, activation="relu"),
                 nn.Identity(),
             ]
-        layers += [ReflectionPad2d(3), nn.Conv2d(width, out_channels, 7), nn.Tanh()]
+        last = Conv2d(width, out_channels, 7, padding=3, padding_mode="reflect")
+        layers += [nn.Identity(), last, nn.Tanh()]
         self.model = nn.Sequential(*layers)
         init_weights(self)
+        freeze_biases(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
@@ -122,7 +125,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         bias = norm.conv_bias
         model: list[nn.Module] = [
-            Conv2d(in_channels, width, 4, stride=2, padding=1),
+            Conv2d(in_channels, width, 4, stride=2, padding=1, twice=True),
             nn.LeakyReLU(0.2, inplace=True),
         ]
         c = width
@@ -130,19 +133,31 @@ class PatchDiscriminator(nn.Module):
             out = width * min(2**i, 8)
             stride = 2 if i < layers else 1
             model += [
-                Conv2d(c, out, 4, stride=stride, padding=1, bias=bias),
+                Conv2d(c, out, 4, stride=stride, padding=1, bias=bias, twice=True),
                 norm(out, activation="leaky_relu", negative_slope=0.2),
                 nn.Identity(),
             ]
             c = out
-        model.append(Conv2d(c, 1, 4, padding=1))
+        model.append(Conv2d(c, 1, 4, padding=1, twice=True))
         self.model = nn.Sequential(*model)
         init_weights(self)
+        freeze_biases(self)
         if spectral:
-            add_spectral_norm(self)
+            spectrally_normalize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
+
+
+def freeze_biases(net: nn.Module) -> None:
+    """Those of convolutions right before a norm that takes each channel's mean off: whatever they
+    are changes nothing, their gradient is rounding, and Adam makes steps of full length of it."""
+    for layers in net.modules():
+        if isinstance(layers, nn.Sequential):
+            for layer, behind in pairwise(layers):
+                bias = getattr(layer, "bias", None)
+                if bias is not None and isinstance(behind, InstanceNorm2d | BatchNorm2d):
+                    bias.requires_grad_(False)
 
 
 def init_weights(net: nn.Module) -> None:

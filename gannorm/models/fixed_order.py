@@ -1,26 +1,39 @@
 """torch's layers whose CUDA gradients add up in no fixed order, with one that does where asked.
 
-`trainer.deterministic=true` (torch.use_deterministic_algorithms) has torch refuse these. Elsewhere
-they are torch's own.
+`trainer.deterministic=true` (torch.use_deterministic_algorithms) has torch refuse these. Reflection
+padding is ours on a GPU anyway, if there is Triton; the rest is torch's own where nobody asks.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gannorm.norms.backend import HAS_TRITON
+from gannorm.norms.composed import is_eager, transformed
 
 
 def _asked(x: Tensor) -> bool:
     return x.is_cuda and torch.are_deterministic_algorithms_enabled()
 
 
-class ReflectionPad2d(nn.ReflectionPad2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return reflected(x, self.padding) if _asked(x) else super().forward(x)
-
-
 class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
     def forward(self, x: Tensor) -> Tensor:
         size = self.output_size
         return pooled(x, size) if _asked(x) and isinstance(size, int) else super().forward(x)
+
+
+def reflection_pad(x: Tensor, padding: tuple[int, ...]) -> Tensor:
+    """x (N, C, H, W) with its mirror images around it: padding (rows, columns)."""
+    rows, columns = padding
+    able = x.is_cuda and x.dim() == 4 and not x.is_complex()
+    if able and HAS_TRITON and is_eager(x) and not transformed():
+        if min(x.shape[2] - rows, x.shape[3] - columns) > 0 and x.numel() > 0:  # else torch refuses
+            from gannorm.kernels.pad import ReflectionPad
+
+            y: Tensor = ReflectionPad.apply(x, (rows, columns))
+            return y
+    sides = (columns, columns, rows, rows)
+    return reflected(x, sides) if _asked(x) else F.pad(x, sides, mode="reflect")
 
 
 def reflected(x: Tensor, padding: tuple[int, int, int, int]) -> Tensor:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import spectral_norm
 
 from gannorm.models.convolution import Conv2d
 from gannorm.models.norm_factory import NormFactory, apply_norm
+from gannorm.models.spectral import add_spectral_norm
 
 
 def _up(x: Tensor) -> Tensor:
@@ -25,13 +25,13 @@ class PreactBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, norm: NormFactory) -> None:
         super().__init__()
         self.norm1 = norm(in_channels, activation="relu")
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, channels, 3, padding=1, upsample=True)
         self.norm2 = norm(channels, activation="relu")
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = Conv2d(channels, channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, channels, 1)
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        h = self.conv1(_up(apply_norm(self.norm1, x, labels)))
+        h = self.conv1(apply_norm(self.norm1, x, labels))
         h = self.conv2(apply_norm(self.norm2, h, labels))
         # A 1x1 convolution commutes with nearest upsampling and costs a quarter before it.
         return h + _up(self.shortcut(x))
@@ -45,9 +45,9 @@ class PostactBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, norm: NormFactory) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, channels, 3, padding=1)
         self.norm1 = norm(channels, activation="leaky_relu")
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = Conv2d(channels, channels, 3, padding=1)
         self.norm2 = norm(channels, activation="leaky_relu", residual_after_activation=True)
         self.shortcut = None
         if in_channels != channels:
@@ -100,10 +100,10 @@ class ResBlockGenerator(nn.Module):
         last = widths[-1]
         plain = norm.unconditional()
         self.norm = plain(last, activation="relu") if block == "preact" else None
-        self.conv = nn.Conv2d(last, out_channels, 3, padding=1)
+        self.conv = Conv2d(last, out_channels, 3, padding=1)
         init_weights(self, init)
         if spectral:
-            add_spectral_norm(self)
+            spectrally_normalize(self)
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         if self.embedding is not None:
@@ -121,17 +121,16 @@ class DiscriminatorBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, down: bool, first: bool) -> None:
         super().__init__()
-        self.down, self.first = down, first
-        self.conv1 = Conv2d(in_channels, channels, 3, padding=1)
-        self.conv2 = Conv2d(channels, channels, 3, padding=1)
+        self.down = down
+        self.conv1 = Conv2d(in_channels, channels, 3, padding=1, relu=not first, twice=True)
+        self.conv2 = Conv2d(channels, channels, 3, padding=1, relu=True, pool=down, twice=True)
         learned = down or in_channels != channels
-        self.shortcut = Conv2d(in_channels, channels, 1) if learned else None
+        self.shortcut = Conv2d(in_channels, channels, 1, twice=True) if learned else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(x if self.first else F.relu(x))
-        h = self.conv2(F.relu(h))
+        h = self.conv2(self.conv1(x))
         if self.down:
-            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+            x = F.avg_pool2d(x, 2)
         return h + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -167,7 +166,7 @@ class ProjectionDiscriminator(nn.Module):
         self.embedding = None if num_classes is None else nn.Embedding(num_classes, widths[-1])
         init_weights(self, init)
         if spectral:
-            add_spectral_norm(self)
+            spectrally_normalize(self)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         # There is no norm here to mind the layout, and convolutions are faster in this one.
@@ -196,7 +195,7 @@ def init_weights(net: nn.Module, init: str) -> None:
             nn.init.zeros_(bias)
 
 
-def add_spectral_norm(net: nn.Module) -> None:
-    """Spectral norm (one power iteration a step) on every layer with a weight matrix."""
+def spectrally_normalize(net: nn.Module) -> None:
+    """Spectral norm on every layer with a weight matrix."""
     for module in _layers(net):
-        spectral_norm(module)
+        add_spectral_norm(module)

@@ -58,8 +58,12 @@ def recorded() -> bool:
 
 
 def may_overwrite() -> bool:
-    """Whether nobody will differentiate, transform or read in a graph what runs now."""
-    return not (torch.is_grad_enabled() or transformed() or recorded())
+    """Whether nobody will differentiate, transform, compile or read in a graph what runs now.
+
+    (A compiler sees to memory by itself, and breaks its graph at an `out=` that is channels_last.)
+    """
+    compiling = torch.compiler.is_compiling()
+    return not (compiling or torch.is_grad_enabled() or transformed() or recorded())
 
 
 def is_recomputed() -> bool:

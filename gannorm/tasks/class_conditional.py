@@ -1,6 +1,7 @@
 """The ResBlock GAN, by class (SNGAN-projection, Miyato and Koyama, 2018) or without classes."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from gannorm.models.norm_factory import Norm, build_norm
 from gannorm.parallel import drawn
 from gannorm.schema import Config, ResBlockGANConfig
 from gannorm.tasks.losses import LOSSES, generator_loss
-from gannorm.tasks.task import Networks, Task
+from gannorm.tasks.task import Networks, Sides, Task, averaged
 
 WITHOUT = "all"  # in the place of class names where there are no classes
 
@@ -25,7 +26,7 @@ class ClassConditional(Task):
     def __init__(self, cfg: Config, device: torch.device, num_classes: int | None) -> None:
         assert isinstance(cfg.model, ResBlockGANConfig)
         self.model: ResBlockGANConfig = cfg.model
-        self.batches_per_step = cfg.optim.d_steps
+        self.batches_per_step = cfg.optim.d_steps * cfg.trainer.grad_accum
         super().__init__(cfg, device, num_classes)
         if num_classes is None:
             self.class_names = [WITHOUT]
@@ -78,40 +79,53 @@ class ClassConditional(Task):
         return torch.arange(count, device=self.device) % self.num_classes
 
     def train_step(self, batches: list[list[Batch]]) -> dict[str, Tensor]:
-        g, d = self.generators["G"], self.discriminators["D"]
-        kind, classes, losses = self.cfg.loss.gan, self.num_classes, {}
-        for (batch,) in batches:
-            real = batch["image"].to(self.device, non_blocking=True)
-            labels = None
-            if classes is not None:
-                labels = batch["label"].to(self.device, non_blocking=True)
-
-            def critic(*images: Tensor, labels: Tensor | None = labels) -> Sequence[Tensor]:
-                # One pass over all of them: one power iteration, and larger convolutions.
-                each = None if labels is None else labels.repeat(len(images))
-                logits = d(self._augment(torch.cat(images)), each)
-                return logits.float().chunk(len(images))
-
-            with torch.no_grad(), self.autocast():
-                fake = g(self.noise(len(real)), labels)
-            losses = self._train_discriminators({"D": (critic, real, fake)})
+        losses: dict[str, Tensor] = {}
+        for first in range(0, len(batches), self.parts):
+            seen = [self._real(batch) for (batch,) in batches[first : first + self.parts]]
+            losses = self._train_discriminators(self._sides(*each) for each in seen)
 
         self._freeze_discriminators(True)
+        found: list[dict[str, Tensor]] = []
+        gradient = self._descend("G", (self._generate(*each, found) for each in seen))
+        losses |= {"balance/gradient_G": gradient, **averaged(found)}
+        self._freeze_discriminators(False)
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _real(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        labels = None
+        if self.num_classes is not None:
+            labels = batch["label"].to(self.device, non_blocking=True)
+        return self.on_device(batch["image"]), labels
+
+    def _critic(self, *images: Tensor, labels: Tensor | None) -> Sequence[Tensor]:
+        # One pass over all of them: one power iteration, and larger convolutions.
+        each = None if labels is None else labels.repeat(len(images))
+        logits = self.discriminators["D"](self._augment(torch.cat(images)), each)
+        return logits.float().chunk(len(images))
+
+    def _sides(self, real: Tensor, labels: Tensor | None) -> Sides:
+        """What the discriminator is shown."""
+        with torch.no_grad(), self.autocast():
+            fake = self.generators["G"](self.noise(len(real)), labels)
+        return {"D": (partial(self._critic, labels=labels), real, fake)}
+
+    def _generate(
+        self, real: Tensor, labels: Tensor | None, found: list[dict[str, Tensor]]
+    ) -> Tensor:
+        """What the generator minimizes, which goes to `found` too."""
+        g, kind, classes, n = self.generators["G"], self.cfg.loss.gan, self.num_classes, len(real)
         with self.autocast():
+            real_logits = None
             if LOSSES[kind].needs_real:  # a pair has one class
                 with torch.no_grad():
-                    (real_logits,) = critic(real)
-                (fake_logits,) = critic(g(self.noise(len(real)), labels))
-                loss = generator_loss(fake_logits, kind, real_logits)
+                    (real_logits,) = self._critic(real, labels=labels)
             else:
                 n = self.cfg.data.batch_size
                 if classes is not None:
                     labels = drawn(
                         lambda count: torch.randint(classes, (count,), device=self.device), n
                     )
-                fake = g(self.noise(n), labels)
-                loss = generator_loss(critic(fake, labels=labels)[0], kind)
-        losses["balance/gradient_G"] = self._descend("G", loss)
-        self._freeze_discriminators(False)
-        losses["G"] = loss
-        return {name: value.detach() for name, value in losses.items()}
+            (logits,) = self._critic(g(self.noise(n), labels), labels=labels)
+            loss = generator_loss(logits, kind, real_logits)
+        found.append({"G": loss})
+        return loss

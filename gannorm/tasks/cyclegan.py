@@ -3,6 +3,8 @@
 G_A translates A to B and G_B back; D_A judges domain B, D_B domain A (the reference's names).
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,10 +16,10 @@ from gannorm.data import Batch
 from gannorm.data.files import MULTIPLE
 from gannorm.errors import RequestError
 from gannorm.models import PatchDiscriminator, ResnetGenerator
-from gannorm.models.norm_factory import Norm, build_norm
+from gannorm.models.norm_factory import NORMS, Norm, build_norm
 from gannorm.schema import Config, CycleGANConfig
 from gannorm.tasks.losses import LOSSES, ImagePool, generator_loss, is_penalized
-from gannorm.tasks.task import Networks, Task
+from gannorm.tasks.task import Networks, Sides, Task, averaged
 
 
 class CycleGAN(Task):
@@ -29,7 +31,7 @@ class CycleGAN(Task):
     def __init__(self, cfg: Config, device: torch.device, num_classes: int | None) -> None:
         assert isinstance(cfg.model, CycleGANConfig)
         self.model: CycleGANConfig = cfg.model
-        self.batches_per_step = cfg.optim.d_steps
+        self.batches_per_step = cfg.optim.d_steps * cfg.trainer.grad_accum
         super().__init__(cfg, device, num_classes)
         self.pools = {name: ImagePool(self.model.pool_size) for name in self.discriminators}
 
@@ -97,42 +99,63 @@ class CycleGAN(Task):
         discriminators["D_B"](a)
 
     def train_step(self, batches: list[list[Batch]]) -> dict[str, Tensor]:
-        pairs = [
-            [batch["image"].to(self.device, non_blocking=True) for batch in each]
-            for each in batches
-        ]
-        a, b = pairs[0]
-        g_a, g_b = self.generators["G_A"], self.generators["G_B"]
-        weight = self.model.cycle_weight
+        pairs = [(self.on_device(a["image"]), self.on_device(b["image"])) for a, b in batches]
+        n, found, made = self.parts, list[dict[str, Tensor]](), list[tuple[Tensor, Tensor]]()
 
         self._freeze_discriminators(True)
-        with self.autocast():
-            fake_b, fake_a = g_a(a), g_b(b)
-            gan_a, gan_b = self._fooling("D_A", fake_b, b), self._fooling("D_B", fake_a, a)
-            cycle_a, cycle_b = l1_loss(g_b(fake_b), a), l1_loss(g_a(fake_a), b)
-            loss = gan_a + gan_b + weight * (cycle_a + cycle_b)
-            losses = {"G_A": gan_a, "G_B": gan_b, "cycle_A": cycle_a, "cycle_B": cycle_b}
-            if self.model.identity_weight > 0:
-                identity_a, identity_b = l1_loss(g_a(b), b), l1_loss(g_b(a), a)
-                loss = loss + weight * self.model.identity_weight * (identity_a + identity_b)
-                losses |= {"identity_A": identity_a, "identity_B": identity_b}
-        losses["balance/gradient_G"] = self._descend("G", loss)
+        gradient = self._descend("G", (self._translate(*pair, found, made) for pair in pairs[:n]))
+        losses = averaged(found) | {"balance/gradient_G": gradient}
 
         self._freeze_discriminators(False)
-        for number, (a, b) in enumerate(pairs):
-            if number > 0:
-                with torch.no_grad(), self.autocast():
-                    fake_b, fake_a = g_a(a), g_b(b)
-            sides = {
-                name: (partial(self._logits, name), real, self.pools[name].query(fake.detach()))
-                for name, real, fake in (("D_A", b, fake_b), ("D_B", a, fake_a))
-            }
-            losses |= self._train_discriminators(sides)
+        for first in range(0, len(pairs), n):
+            fakes = [None] * n if first else made
+            each = zip(pairs[first : first + n], fakes, strict=True)
+            losses |= self._train_discriminators(self._sides(*pair, fake) for pair, fake in each)
         return {name: value.detach() for name, value in losses.items()}
 
+    def _translate(
+        self, a: Tensor, b: Tensor, found: list[dict[str, Tensor]],
+        made: list[tuple[Tensor, Tensor]],
+    ) -> Tensor:  # fmt: skip
+        """What the generators minimize; its terms go to `found`, the translations to `made`."""
+        g_a, g_b = self.generators["G_A"], self.generators["G_B"]
+        weight, identity = self.model.cycle_weight, self.model.identity_weight > 0
+        with self.autocast():
+            fake_b, *same_b = self._passed(g_a, a, *[b] * identity)
+            fake_a, back_a, *same_a = self._passed(g_b, b, fake_b, *[a] * identity)
+            (back_b,) = self._passed(g_a, fake_a)
+            gan_a, gan_b = self._fooling("D_A", fake_b, b), self._fooling("D_B", fake_a, a)
+            cycle_a, cycle_b = l1_loss(back_a, a), l1_loss(back_b, b)
+            loss = gan_a + gan_b + weight * (cycle_a + cycle_b)
+            losses = {"G_A": gan_a, "G_B": gan_b, "cycle_A": cycle_a, "cycle_B": cycle_b}
+            if identity:
+                identity_a, identity_b = l1_loss(same_b[0], b), l1_loss(same_a[0], a)
+                loss = loss + weight * self.model.identity_weight * (identity_a + identity_b)
+                losses |= {"identity_A": identity_a, "identity_B": identity_b}
+        found.append(losses)
+        made.append((fake_b.detach(), fake_a.detach()))
+        return loss
+
+    def _sides(self, a: Tensor, b: Tensor, made: tuple[Tensor, Tensor] | None) -> Sides:
+        """What the discriminators are shown; translations that are not `made` yet are here."""
+        if made is None:
+            with torch.no_grad(), self.autocast():
+                made = self.generators["G_A"](a), self.generators["G_B"](b)
+        return {
+            name: (partial(self._logits, name), real, self.pools[name].query(fake))
+            for name, real, fake in (("D_A", b, made[0]), ("D_B", a, made[1]))
+        }
+
     def _logits(self, name: str, *images: Tensor) -> list[Tensor]:
-        # One pass for each: a batch norm must not see real and fake together.
-        return [self.discriminators[name](self._augment(each)) for each in images]
+        return self._passed(lambda x: self.discriminators[name](self._augment(x)), *images)
+
+    def _passed(self, net: Callable[[Tensor], Tensor], *images: Tensor) -> list[Tensor]:
+        """What `net` makes of each batch: in one pass, unless that would mix them (a batch norm's
+        statistics), or they differ in size."""
+        apart = NORMS[self.cfg.norm.name].statistics == "batch" or self.model.dropout
+        if apart or len({each.shape for each in images}) > 1:
+            return [net(each) for each in images]
+        return list(net(torch.cat(images)).chunk(len(images)))
 
     def _fooling(self, name: str, fake: Tensor, real: Tensor) -> Tensor:
         """The generator's loss for translations `fake` into the domain of `real`."""
@@ -140,6 +163,30 @@ class CycleGAN(Task):
         (logits,) = self._logits(name, fake)
         real_logits = self._logits(name, real)[0] if LOSSES[kind].needs_real else None
         return generator_loss(logits, kind, real_logits)
+
+    # ---- what the host decides
+
+    def is_settled(self) -> bool:
+        return all(pool.is_full for pool in self.pools.values())
+
+    def choices(self) -> list[Tensor]:
+        if self.model.pool_size == 0:
+            return []
+        count = self.cfg.data.batch_size
+        return [
+            pool.choices(count) for _ in range(self.batches_per_step)
+            for pool in self.pools.values()
+        ]  # fmt: skip
+
+    @contextmanager
+    def choosing(self, choices: list[Tensor]) -> Iterator[None]:
+        for number, pool in enumerate(self.pools.values()):
+            pool.given = choices[number :: len(self.pools)]
+        try:
+            yield
+        finally:
+            for pool in self.pools.values():
+                pool.given = []
 
     # ---- state
 

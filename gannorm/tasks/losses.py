@@ -163,6 +163,19 @@ class ImagePool:
     def __init__(self, size: int) -> None:
         self.size = size
         self.images: Tensor | None = None  # (filled, C, H, W)
+        self.given: list[Tensor] = []  # what `choices` of the next queries were, on the device
+
+    @property
+    def is_full(self) -> bool:
+        return self.size == 0 or (self.images is not None and len(self.images) == self.size)
+
+    def choices(self, count: int) -> Tensor:
+        """By each of `count` images the place that it takes in the pool; -1: none (int64)."""
+
+        def choose() -> int:
+            return int(torch.randint(self.size, ())) if torch.rand(()) < 0.5 else -1
+
+        return torch.tensor([choose() for _ in range(count)], dtype=torch.int64)
 
     @torch.no_grad()
     def query(self, images: Tensor) -> Tensor:
@@ -179,13 +192,25 @@ class ImagePool:
             new = kept[:free].clone()
             self.images = new if self.images is None else torch.cat([self.images, new])
         assert self.images is not None
+        if self.given:
+            return self._swapped(images, kept, self.given.pop(0))
         out = images.clone()
-        for i in range(free, len(images)):
-            if torch.rand(()) < 0.5:
-                k = int(torch.randint(self.size, ()))
+        for i, k in enumerate(self.choices(len(images) - free).tolist(), free):
+            if k >= 0:
                 out[i] = self.images[k]
                 self.images[k] = kept[i]
         return out[own(len(out))]
+
+    def _swapped(self, images: Tensor, kept: Tensor, choices: Tensor) -> Tensor:
+        """Of a full pool, by `choices` that the host does not look at: a CUDA graph's."""
+        assert self.images is not None
+        out = []
+        for i, choice in enumerate(choices.split(1)):
+            place, swapped = choice.clamp_min(0), (choice >= 0).view(1, 1, 1, 1)
+            there = self.images.index_select(0, place)
+            out.append(torch.where(swapped, there, images[i : i + 1]))
+            self.images.index_copy_(0, place, torch.where(swapped, kept[i : i + 1], there))
+        return torch.cat(out)
 
     def state_dict(self) -> dict[str, Tensor | None]:
         return {"images": self.images}

@@ -16,6 +16,8 @@ from gannorm.training.folder import replacing
 from gannorm.training.report import tell
 
 FORMAT = 2  # 1: without a seal
+# Of FREE sections: with other parts a step takes other batches.
+FIXED = ("trainer.grad_accum",)
 # What may differ between a run and its continuation; everything else decides what is trained.
 FREE = (
     "resume", "init_from", "trainer", "metrics", "norm.backend", "data.root", "data.num_workers",
@@ -25,6 +27,7 @@ FREE = (
 )  # fmt: skip
 
 
+BEFORE = {"trainer.grad_accum": 1}  # what runs did that have no such key
 WHOLE = "data.global_batch_size"
 
 
@@ -288,14 +291,14 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], path: Path) -> list[s
     Raises:
         RequestError: naming every key that differs, with both values.
     """
-    old, new = flat(saved), flat(now)
+    old, new = {**BEFORE, **flat(saved)}, {**BEFORE, **flat(now)}
     differing, changes = [], []
     if old.get(WHOLE) is not None and old[WHOLE] == new.get(WHOLE):
         del old["data.batch_size"]  # other processes share the same batch
     for key in sorted(old):
         if old[key] == new.get(key):
             continue
-        if any(_under(key, free) for free in FREE):
+        if key not in FIXED and any(_under(key, free) for free in FREE):
             changes.append(f"{key}: {old[key]} -> {new.get(key)}")
         else:
             differing.append(f"{key}={new.get(key)!r} (the run: {old[key]!r})")

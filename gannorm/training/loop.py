@@ -26,12 +26,14 @@ from gannorm.parallel import Left
 from gannorm.schema import Config
 from gannorm.tasks import TASKS, Evaluator, build_task
 from gannorm.training import checkpoint, weights
+from gannorm.training.arithmetic import arithmetic
 from gannorm.training.dashboard import Dashboard, class_table, environment
 from gannorm.training.determinism import deterministic
 from gannorm.training.folder import owned, write_json
 from gannorm.training.memory import telling_of_memory
 from gannorm.training.monitor import Monitor, Silent
 from gannorm.training.nonfinite import NotFinite, finite
+from gannorm.training.options import check_options, prepare, stepping
 from gannorm.training.report import (
     closing,
     describe,
@@ -80,6 +82,7 @@ def train(raw: DictConfig, run_dir: Path, begin: Callable[[], None] = lambda: No
             owned(run_dir),
             telling_of_memory(cfg, device),
             deterministic(cfg.trainer.deterministic, device),
+            arithmetic(cfg.trainer, device, getattr(cfg.data, "preprocess", "") == "none"),
             Stop(cfg.trainer.stop_signals) as stop,
         ):
             summary = _train(cfg, raw, run_dir, begin, device, stop)
@@ -100,6 +103,7 @@ def _train(
     with stop.leaving():
         # ---- check the request, build, resume
         check_pair(cfg)
+        check_options(cfg, device)
         start_from, state = saved(cfg, run_dir)
         cfg.data = divided(cfg.data, state["config"] if state else None)
         for seed in (random.seed, np.random.seed, torch.manual_seed):
@@ -113,6 +117,7 @@ def _train(
         init = cfg.init_from if cfg.init_from.path and not start_from else None
         taken = weights.start(task, init) if init else []
         task.share_state()
+        prepare(task)
         lines = [describe(cfg, task, data, run_dir, start_from, run.step, changes), *taken]
         say("\n".join(lines))
         if device.type == "cpu":
@@ -276,6 +281,7 @@ def stretch(
         timeout=cfg.data.worker_timeout, signals=every.stop_signals,
     )  # fmt: skip
     groups: Groups = {}
+    take = stepping(task)
     with loader:
         if run.due:  # what a signal left out
             groups = settle(run, evaluator, monitor, board, stop, 0, save_it=True)
@@ -286,7 +292,7 @@ def stretch(
             with stop.leaving() if parallel.world() == 1 else nullcontext():
                 run.taken = [next(loader) for _ in range(per_step)]
             with task.norm_backend():
-                losses = task.train_step(run.taken)
+                losses = take(run.taken)
             task.update_averages(run.step)
             run.step += 1
             meter.add(losses, time.perf_counter() - began)

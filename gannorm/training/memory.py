@@ -121,7 +121,9 @@ def _told(cfg: Config, device: torch.device, reason: str, evaluating: bool) -> s
     changes = ["a smaller metrics.samples"] if evaluating else []
     changes += ["a smaller data.batch_size"] if data.batch_size > 1 else []
     changes += [f"smaller {widths}", "a smaller data.image_size"]
-    if cfg.trainer.precision == "fp32":
+    if not (evaluating or cfg.trainer.checkpointing or cfg.trainer.compile):
+        changes.append("trainer.checkpointing=true")
+    if cfg.trainer.precision in ("fp32", "tf32"):
         changes.append("trainer.precision=bf16")
     if data.num_workers:
         changes.append("fewer data.num_workers")

@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from gannorm.data import Batch
 from gannorm.diagnostics.nonfinite import first_nonfinite
 from gannorm.norms.sync import suspended
 from gannorm.tasks import Task
+from gannorm.training.options import eagerly
 
 
 class NotFinite(FloatingPointError):
@@ -74,7 +76,11 @@ def where_it_began(task: Task, taken: list[list[Batch]]) -> str:
     """Where `taken`, run again, first gives a NaN or infinity, in words; every process looks."""
     if not taken:
         return "before it was continued"
-    with task.norm_backend(), parallel.alone(), suspended():
+    found = None
+    # Beside a CUDA graph's memory a second step may not fit.
+    with suppress(torch.OutOfMemoryError), ExitStack() as stack:
+        for inside in (task.norm_backend(), parallel.alone(), suspended(), eagerly(task)):
+            stack.enter_context(inside)
         found = first_nonfinite(task.networks, lambda: task.train_step(taken))
     everywhere = parallel.joined([] if found is None else [(*found, parallel.rank())])
     if not everywhere:

@@ -21,6 +21,7 @@ from gannorm.tasks import Evaluator, Task
 from gannorm.training import checkpoint
 from gannorm.training.memory import telling_of_memory
 from gannorm.training.nonfinite import Skips, finite, skips
+from gannorm.training.options import eagerly
 from gannorm.training.report import versions
 from gannorm.training.watch import Watch
 
@@ -168,7 +169,8 @@ class Run:
         """What happens inside leaves training as it was, but for the time."""
         began = time.perf_counter()
         lacking = telling_of_memory(self.cfg, self.task.device, evaluating=True)
-        with lacking, parallel.forked_rng(), self.task.norm_backend():
+        rng, eager = parallel.forked_rng(), eagerly(self.task)
+        with lacking, rng, eager, self.task.norm_backend():
             yield
         self.evaluation_seconds += time.perf_counter() - began
 

@@ -1,4 +1,4 @@
-"""The library of the C kernels: compiled by the machine's own C compiler at first use, and kept.
+"""Libraries of C kernels: compiled by the machine's own C compiler at first use, and kept.
 
 Compiling takes about two seconds, once for each machine. What is kept ends with its own digest, so
 that a damaged library is made anew, and is loaded from the very file that was looked at: one that
@@ -17,14 +17,10 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).parent
-SOURCE, INCLUDED = HERE / "norm.c", HERE / "norm_real.c"
-FLAGS = (
-    *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"),
-    "-ffp-contract=off",  # results must not depend on what a compiler fuses: the source says it
-)
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 # What the source's Norm is given: integers, reals, tensors (address, elements from sample to
 # sample), addresses. The compiler checks that the source counts alike. One call to pack it costs
 # less than a structure of ctypes.
@@ -34,32 +30,64 @@ pack = struct.Struct(f"={_integers}q{_reals}d{2 * _tensors}q{_addresses}q").pack
 DIGEST = hashlib.sha256().digest_size
 
 
-@functools.cache
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What a library is compiled of.
+
+    Attributes:
+        files: the one that is compiled, and those that it includes.
+        flags: beside FLAGS.
+        counts: numbers that it is given as macros.
+        what: what runs slower without it, in words.
+    """
+
+    files: tuple[Path, ...]
+    flags: tuple[str, ...]
+    counts: dict[str, int]
+    what: str
+
+
+_HERE = Path(__file__).parent
+NORM = Source(
+    (_HERE / "norm.c", _HERE / "norm_real.c"),
+    ("-ffp-contract=off",),  # results must not depend on what a compiler fuses: the source says it
+    FIELDS,
+    "norms",
+)
+
+
 def kernels() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they cannot be had."""
+    """The norms' compiled kernels; None where they cannot be had."""
+    return library(NORM)
+
+
+@functools.cache
+def library(source: Source) -> ctypes.CDLL | None:
+    """The library that `source` makes; None where it cannot be had."""
     compiler = shlex.split(os.environ.get("CC", "cc"))
     if sys.platform != "linux" or not compiler or shutil.which(compiler[0]) is None:
         return None
     try:
-        path = compiled_path(compiler)
-        library = load(path)
-        if library is None:
-            compile_to(path, compiler)
-            library = load(path)
-        return library
+        path = compiled_path(compiler, source)
+        loaded = load(path)
+        if loaded is None:
+            compile_to(path, compiler, source)
+            loaded = load(path)
+        return loaded
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         if isinstance(error, subprocess.CalledProcessError):
-            reason = f"{shlex.join(compiler)} could not compile {SOURCE.name}: {reason}"
+            name = source.files[0].name
+            reason = f"{shlex.join(compiler)} could not compile {name}: {reason}"
         warnings.warn(
-            f"norms on the CPU run on torch ops, slower: {reason.strip()[:300]}",
+            f"{source.what} on the CPU run on torch ops, slower: {reason.strip()[:300]}",
             RuntimeWarning,
             stacklevel=2,
         )
         return None
 
 
-def compiled_path(compiler: list[str]) -> Path:
+def compiled_path(compiler: list[str], source: Source = NORM) -> Path:
     """Where the library of this source, compiler and processor is kept."""
     folder = Path(os.environ.get("GANNORM_CACHE", "~/.cache/gannorm")).expanduser() / "cpu"
     processor = next(
@@ -68,9 +96,11 @@ def compiled_path(compiler: list[str]) -> Path:
         platform.machine(),
     )  # fmt: skip
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
-    known = "\n".join((*compiler, version.stdout, *FLAGS, processor, platform.platform()))
-    source = SOURCE.read_bytes() + INCLUDED.read_bytes()
-    return folder / f"norm-{hashlib.sha256(source + known.encode()).hexdigest()[:16]}.so"
+    flags = *FLAGS, *source.flags, *map(str, source.counts.items())
+    known = "\n".join((*compiler, version.stdout, *flags, processor, platform.platform()))
+    text = b"".join(file.read_bytes() for file in source.files)
+    digest = hashlib.sha256(text + known.encode()).hexdigest()[:16]
+    return folder / f"{source.files[0].stem}-{digest}.so"
 
 
 def load(path: Path) -> ctypes.CDLL | None:
@@ -83,6 +113,7 @@ def load(path: Path) -> ctypes.CDLL | None:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
+    loaded = None
     try:
         folder = os.lstat(path.parent)  # a link counts as what all can write to
         for each, status in ((path.parent, folder), (path, os.fstat(file))):
@@ -96,21 +127,23 @@ def load(path: Path) -> ctypes.CDLL | None:
             content = stream.read()
         if hashlib.sha256(content[:-DIGEST]).digest() != content[-DIGEST:]:
             return None
-        return ctypes.CDLL(f"/proc/self/fd/{file}")
+        loaded = ctypes.CDLL(f"/proc/self/fd/{file}")
+        return loaded
     finally:
-        os.close(file)
+        if loaded is None:  # else its number stays taken: dlopen knows a library by its path
+            os.close(file)
 
 
-def compile_to(path: Path, compiler: list[str]) -> None:
+def compile_to(path: Path, compiler: list[str], source: Source = NORM) -> None:
     """Compile the source; `path` is never there by half."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / path.name
-        counts = [f"-D{name}={count}" for name, count in FIELDS.items()]
-        command = [*compiler, *FLAGS, *counts, "-shared", "-fPIC", str(SOURCE), "-o", str(made)]
+        flags = *FLAGS, *source.flags, *(f"-D{name}={n}" for name, n in source.counts.items())
+        command = [*compiler, *flags, "-shared", "-fPIC", str(source.files[0]), "-o", str(made)]
         subprocess.run([*command, "-lm"], check=True, capture_output=True, text=True)
-        with made.open("ab") as library:
-            library.write(hashlib.sha256(made.read_bytes()).digest())
+        with made.open("ab") as file:
+            file.write(hashlib.sha256(made.read_bytes()).digest())
         made.chmod(0o700)
         made.replace(path)
 
