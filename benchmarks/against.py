@@ -10,7 +10,6 @@ import contextlib
 import io
 import os
 import random
-import re
 import statistics
 import sys
 import tempfile
@@ -28,9 +27,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks import timing
+from benchmarks import step, timing
 from gannorm.errors import RequestError
-from gannorm.norms import cpu
+from gannorm.training.options import check_options
 
 Step = Callable[[], object]
 Sizes = dict[str, int]
@@ -171,41 +170,23 @@ def _start_peer(name: str, checkout: str, batch: int, pixels: int) -> Sizes:
 
 
 def _start_ours(overrides: list[str], extra: list[str], device: str) -> Sizes:
-    from benchmarks.step import configured, random_batches
-    from gannorm.tasks import build_task
-    from gannorm.tasks.graph import GraphedStep
-    from gannorm.training.arithmetic import arithmetic
-    from gannorm.training.options import check_options, prepare, stepping
-
     global _step
-    if device == "cpu":
-        cpu.keep_memory()  # as train.py
-    plain = configured(*overrides, f"trainer.device={device}")
-    cfg = configured(*overrides, *extra, f"trainer.device={device}")
+    timing.use_device(device)  # as train.py
+    plain, cfg = (
+        step.configured(*overrides, *more, f"trainer.device={device}") for more in ((), extra)
+    )
     if (cfg.model, cfg.data, cfg.optim, cfg.loss, cfg.trainer.grad_accum) != (
         plain.model, plain.data, plain.optim, plain.loss, 1
     ):  # fmt: skip
         raise RequestError(f"{' '.join(extra)} is another step than the peer's; change how it runs")
     check_options(cfg, torch.device(device))
-    arithmetic(cfg.trainer, torch.device(device)).__enter__()  # for the life of this process
-    task = build_task(cfg, torch.device(device), 10)
-    prepare(task)
-    batches, take = random_batches(cfg), stepping(task)
-
-    def step() -> None:
-        taken = [next(batches) for _ in range(task.batches_per_step)]
-        with task.norm_backend():
-            take(taken)
-        task.update_averages(10**9)
-
-    while isinstance(take, GraphedStep) and take.graph is None:
-        step()  # until the pools are full
-    _step = step
-    return _sizes(task.networks)
+    trained = step.Trained("ours", [*overrides, *extra], device, synthetic=True)
+    _step = trained.step
+    return _sizes(trained.task.networks)
 
 
 def _sizes(networks: dict[str, nn.Module]) -> Sizes:
-    """Parameters that are trained, by network."""
+    """Parameters, by network."""
     return {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items()}
 
 
@@ -220,14 +201,9 @@ def _timed(device: str) -> float:
     return time.perf_counter() - began
 
 
-def _peak(device: str) -> int:
-    """The most memory so far, bytes: of the GPU, or of the whole process; 0: nobody tells."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")  # Linux'
-    text = status.read_text(encoding="utf-8") if status.exists() else ""
-    found = re.search(r"VmHWM:\s*(\d+) kB", text)
-    return int(found[1]) * 1024 if found else 0
+def _peak(device: str) -> float:
+    """The most memory so far, bytes: of the GPU, or of the whole process; NaN: nobody tells."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else 2**20 * timing.resident("HWM")
 
 
 # ---- both
@@ -252,9 +228,8 @@ def _started(
 
 
 def compare(
-    name: str, checkout: Path, device: str, rounds: int, extra: list[str], batch: int | None = None,
-    pixels: int | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    name: str, checkout: Path, device: str, rounds: int, extra: list[str]
+) -> dict[str, Any]:
     """Seconds of a step of both, taken in turns, with the medians of the ratios and the peaks.
 
     extra: overrides of ours, which say how it runs.
@@ -267,7 +242,7 @@ def compare(
     peer = PEERS[name]
     if not (checkout / peer.entry).is_file():
         raise RequestError(f"--peer {name} {checkout}: has no {peer.entry}; give {name}'s checkout")
-    batch, pixels = batch or peer.batch, pixels or peer.pixels
+    batch, pixels = peer.batch, peer.pixels
     sides = [f"data.image_size={pixels}", f"data.batch_size={batch}"]
     with _alone(device) as ours, _alone(device) as theirs:
         sizes = {

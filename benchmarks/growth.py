@@ -13,8 +13,8 @@ over 1.3 times: n2/n1 times the pixels take at most 1.3 * n2/n1 times as much.
 """
 
 import argparse
+import math
 import multiprocessing
-import re
 import statistics
 import sys
 import time
@@ -73,21 +73,13 @@ def quick(series: Series) -> Series:
 # ---- a point, in a process of its own
 
 
-def resident(kind: str) -> float:
-    """MB: "RSS" now, or "HWM", the most so far."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    found = re.search(rf"^Vm{kind}:\s+(\d+) kB", status, re.MULTILINE)
-    assert found is not None
-    return int(found[1]) / 1024
-
-
 def point(overrides: list[str], threads: int, seconds: float) -> Point:
     torch.set_num_threads(threads)
     timing.use_device("cpu")
     training = Training(overrides, synthetic=True)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the most so far is what it is now
-    before, found, peak = resident("RSS"), list[float](), 0.0
+    before, found, peak = timing.resident("RSS"), list[float](), 0.0
     began = time.perf_counter()
     while len(found) < WARM + FEW or (
         len(found) < WARM + MANY and time.perf_counter() - began < seconds
@@ -96,7 +88,7 @@ def point(overrides: list[str], threads: int, seconds: float) -> Point:
         training.step()
         found.append(1000 * (time.perf_counter() - start))
         if len(found) == FEW:  # the same for all: image pools grow with the steps
-            peak = resident("HWM")
+            peak = timing.resident("HWM")
     return {
         "milliseconds": statistics.median(found[WARM:]), "megabytes": peak - before,
         "peak_megabytes": peak, "steps": len(found) - WARM,
@@ -213,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     args = parser.parse_args(argv)
-    if not Path("/proc/self/status").exists():
+    if math.isnan(timing.resident("RSS")):
         raise RequestError("memory is read from /proc/self/status, which Linux alone has")
     rounds, seconds = (1, 0.0) if args.quick else (args.rounds, args.seconds)
     result: dict[str, Any] = timing.environment("cpu") | {

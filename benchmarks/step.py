@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks import against, timing
+from benchmarks import timing
 from gannorm import BatchNorm2d, ConditionalBatchNorm2d, GroupNorm, InstanceNorm2d
 from gannorm.config import typed
 from gannorm.data import Batch, batches, build_data
@@ -292,6 +292,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.overrides and not args.peer:
         parser.error(f"{args.overrides[0]}: overrides go with --peer")
     if args.peer:
+        from benchmarks import against  # which takes this module's Trained
+
         name, checkout = args.peer
         rounds = 1 if args.quick else args.rounds
         against.run(name, Path(checkout), args.device, rounds, args.overrides, args.out)

@@ -1,6 +1,7 @@
 """Clocks: interleaved medians on a CPU; events, wall time and graph replay on a GPU."""
 
 import json
+import math
 import os
 import platform
 import random
@@ -164,6 +165,14 @@ def copy_bandwidth(device: str, quick: bool) -> float:
         copy()
         microseconds = _between_events(copy, None, 20)
     return 2 * size / microseconds / 1000
+
+
+def resident(kind: str) -> float:
+    """MB of this process: "RSS" now, or "HWM", the most so far; NaN where /proc tells nothing."""
+    status = Path("/proc/self/status")
+    text = status.read_text(encoding="ascii") if status.exists() else ""
+    found = re.search(rf"^Vm{kind}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) / 1024 if found else math.nan
 
 
 def use_device(device: str) -> None:

@@ -79,29 +79,28 @@ def pad_backward_kernel(
     tl.store(dx_ptr + i, total_gradient.to(dx_ptr.dtype.element_ty), mask=i < total)
 
 
-def _launch(kernel: Any, source: Tensor, to: Tensor, size: tuple[int, ...], *more: Any) -> None:
-    """`to`, dense, of `source`; size: of the unpadded rows and columns, and of the padding."""
-    total, c = to.numel(), to.shape[1]
-    last = to.stride(1) == 1 and c > 1
-    h, w, rows, columns = size
+def _launch(
+    kernel: Any, source: Tensor, shape: tuple[int, ...], size: tuple[int, ...], *more: Any
+) -> Tensor:
+    """What the kernel makes of `source`, in its layout; size: of the unpadded rows and columns, and
+    of the padding."""
+    strides = dense_strides(source)
+    source, last = placed(source, strides), strides[1] == 1 and source.shape[1] > 1
+    layout = torch.channels_last if last else torch.contiguous_format
+    to = torch.empty(shape, dtype=source.dtype, device=source.device, memory_format=layout)
+    total, (h, w, rows, columns) = to.numel(), size
     with torch.cuda.device_of(to):
         kernel[(triton.cdiv(total, BLOCK),)](
-            source, to, total, h, w, c, rows, columns, *source.stride(), last, *more, BLOCK
+            source, to, total, h, w, shape[1], rows, columns, *strides, last, *more, BLOCK
         )
+    return to
 
 
 def forward(x: Tensor, padding: tuple[int, int]) -> Tensor:
     """x (N, C, H, W) with its mirror images around it: padding (rows, columns), below (H, W)."""
     n, c, h, w = x.shape
     rows, columns = padding
-    shape = n, c, h + 2 * rows, w + 2 * columns
-    strides = dense_strides(x)
-    x = placed(x, strides)
-    last = strides[1] == 1 and c > 1
-    layout = torch.channels_last if last else torch.contiguous_format
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    _launch(pad_kernel, x, y, (h, w, rows, columns))
-    return y
+    return _launch(pad_kernel, x, (n, c, h + 2 * rows, w + 2 * columns), (h, w, rows, columns))
 
 
 def backward(dy: Tensor, padding: tuple[int, int]) -> Tensor:
@@ -109,12 +108,8 @@ def backward(dy: Tensor, padding: tuple[int, int]) -> Tensor:
     n, c, h, w = dy.shape
     rows, columns = padding
     h, w = h - 2 * rows, w - 2 * columns
-    strides = dense_strides(dy)
-    dy = placed(dy, strides)
-    layout = torch.channels_last if strides[1] == 1 and c > 1 else torch.contiguous_format
-    dx = torch.empty((n, c, h, w), dtype=dy.dtype, device=dy.device, memory_format=layout)
-    _launch(pad_backward_kernel, dy, dx, (h, w, rows, columns), dy.dtype == torch.float64)
-    return dx
+    double = dy.dtype == torch.float64
+    return _launch(pad_backward_kernel, dy, (n, c, h, w), (h, w, rows, columns), double)
 
 
 class ReflectionPad(torch.autograd.Function):

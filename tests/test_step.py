@@ -83,7 +83,7 @@ def test_each_step_is_the_plain_ones(model):
         with counted:
             got = stepped(fast, batches, number)
         assert difference(got, expected) < 1e-4, (number, got, expected)
-    assert used["winograd"] >= STEPS * 2 or not winograd._lanes()  # 0: no compiler
+    assert used["winograd"] >= STEPS * 2 or not winograd.lanes()  # 0: no compiler
 
 
 @pytest.mark.usefixtures("in_float64")

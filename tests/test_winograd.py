@@ -17,7 +17,7 @@ from gannorm.models.convolution import Conv2d
 from gannorm.models.winograd import Around
 from gannorm.norms.cpu import build
 
-compiled = pytest.mark.skipif(not winograd._lanes(), reason="no compiler")
+compiled = pytest.mark.skipif(not winograd.lanes(), reason="no compiler")
 LAST = torch.channels_last
 # Batch, input and output channels, height, width: sides that tiles of 4 divide, and not; panels of
 # columns that are not full; more tiles than are worked on at once.
@@ -154,7 +154,7 @@ def test_narrower_vectors_give_the_same(flag, lanes, tmp_path, monkeypatch):
     build.compile_to(tmp_path / "narrow.so", COMPILER, source)
     loaded = build.load(tmp_path / "narrow.so")
     assert loaded is not None and loaded.conv_lanes() <= lanes
-    monkeypatch.setattr(build, "library", lambda _: loaded)
+    monkeypatch.setattr(build, "compiled", lambda _: loaded)
     assert_close(derivatives(net, x), derivatives(copy.deepcopy(net).double(), x.double()))
 
 

@@ -7,6 +7,8 @@ of the three - convolution, gradient of its input, gradient of its weight - is l
 arguments, and the derivatives of any of them are the other two (as in StyleGAN3's conv2d_gradfix).
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from torch.nn import functional as F
 from gannorm.models import narrow, winograd
 from gannorm.models.fixed_order import reflection_pad
 from gannorm.models.winograd import Around
+from gannorm.norms.base import symbol
 from gannorm.norms.composed import is_plain, recorded, transformed
 
 
@@ -24,7 +27,7 @@ class _Geometry(NamedTuple):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
-    around: Around | None = None  # by winograd.c, with that around it
+    around: Around | None = None  # what else is done; in a Function: by winograd.c
 
     @property
     def is_simple(self) -> bool:
@@ -36,10 +39,16 @@ def _forward(
 ) -> Tensor:
     if how.around is not None:
         return winograd.forward(x, w, bias, how.around, gate)
-    with torch.autocast(x.device.type, enabled=False):  # a backward pass may stand in one
+    with _in_full(x):
         if _is_narrow(x, w, how, w.shape[0]):
             return narrow.forward(x, w, bias, how.padding)
         return F.conv2d(x, w, bias, *how[:4])
+
+
+def _in_full(x: Tensor) -> AbstractContextManager[object]:
+    """Outside of autocast, in which a backward pass may stand."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _is_narrow(x: Tensor, w: Tensor, how: _Geometry, outputs: int) -> bool:
@@ -60,7 +69,7 @@ def _backward(
         dw, wanted = narrow.weight_gradient(dy, x, w, how.padding), (wanted[0], False)
     inner = w.shape[2] - 1 - how.padding[0], w.shape[3] - 1 - how.padding[1]
     if wanted[0] and min(inner) >= 0 and _is_narrow(dy, w, how._replace(padding=inner), w.shape[1]):
-        with torch.autocast(dy.device.type, enabled=False):
+        with _in_full(dy):
             dx, wanted = narrow.input_gradient(dy, w, how.padding), (False, wanted[1])
     if any(wanted):
         mask = [*wanted, False]
@@ -79,18 +88,25 @@ def _batched_backward(
     """By torch's operators, which know dimensions that are not seen."""
     with torch.enable_grad():
         x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
-        h, (stride, padding, dilation, groups, around) = x, how
-        if around is not None and around.relu:
-            h = h * ((x if gate is None else gate) > 0)
-        if around is not None and around.upsample:
-            h = F.interpolate(h, scale_factor=2.0, mode="nearest")
-        if around is not None and around.reflect:
-            h, padding = F.pad(h, (1, 1, 1, 1), mode="reflect"), (0, 0)
-        y = F.conv2d(h, w, None, stride, padding, dilation, groups)
-        if around is not None and around.pool:
-            y = F.avg_pool2d(y, 2)
+        y = _by_torch(x, how, lambda h, how: F.conv2d(h, w, None, *how[:4]), gate)
     dx, dw = torch.autograd.grad(y, (x, w), dy)
     return dx if wanted[0] else None, dw if wanted[1] else None
+
+
+def _by_torch(
+    x: Tensor, how: _Geometry, convolve: Callable[[Tensor, _Geometry], Tensor],
+    gate: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`convolve(x, how)`, with what is around it by torch's operators."""
+    around = how.around or Around()
+    if around.relu:
+        x = F.relu(x) if gate is None else x * (gate > 0)
+    if around.upsample:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    if around.reflect:
+        x, how = reflection_pad(x, how.padding), how._replace(padding=(0, 0))
+    y = convolve(x, how._replace(around=None))
+    return F.avg_pool2d(y, 2) if around.pool else y
 
 
 # `gate` is whose sign a ReLU goes by: the first convolution's input. With it given, all three are
@@ -199,33 +215,23 @@ class Conv2d(nn.Conv2d):
         return ", ".join([super().extra_repr(), *more])
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, fx.Proxy):  # a leaf, as torch's is
-            path = input.tracer.path_of_module(self)
-            traced: Tensor = input.tracer.create_proxy("call_module", path, (input,), {})
+        if isinstance(input, fx.Proxy):
+            traced: Tensor = symbol(self, input)
             return traced
         return super().forward(input)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x, padding = input, self.padding
         assert not isinstance(padding, str)
-        how = _Geometry(self.stride, padding, self.dilation, self.groups)
-        reflect, ours = self.padding_mode == "reflect", _is_ours(x)
-        if ours and x.device.type == "cpu" and how.is_simple and padding == (1, 1):
-            around = Around(reflect, self.upsample, self.relu, self.pool)
-            if winograd.takes(x, weight, bias, around):
-                return _convolved(x, weight, bias, how._replace(around=around))
-        if self.relu:
-            x = F.relu(x)
-        if self.upsample:
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        if reflect:
-            x, how = reflection_pad(x, padding), how._replace(padding=(0, 0))
-        few = x.device.type == "cpu" and how.is_simple and min(weight.shape[:2]) <= narrow.FEW
-        if ours and (self.twice or few):
-            y = _convolved(x, weight, bias, how)
-        else:
-            y = F.conv2d(x, weight, bias, *how[:4])
-        return F.avg_pool2d(y, 2) if self.pool else y
+        around = Around(self.padding_mode == "reflect", self.upsample, self.relu, self.pool)
+        how = _Geometry(self.stride, padding, self.dilation, self.groups, around)
+        ours = _is_ours(x)
+        simple = ours and x.device.type == "cpu" and how.is_simple
+        if simple and padding == (1, 1) and winograd.takes(x, weight, bias, around):
+            return _convolved(x, weight, bias, how)
+        if ours and self.twice or simple and min(weight.shape[:2]) <= narrow.FEW:
+            return _by_torch(x, how, lambda h, how: _convolved(h, weight, bias, how))
+        return _by_torch(x, how, lambda h, how: F.conv2d(h, weight, bias, *how[:4]))
 
 
 def _is_ours(x: Tensor) -> bool:

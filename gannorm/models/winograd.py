@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gannorm.norms.composed import is_plain
-from gannorm.norms.cpu import build
+from gannorm.norms.cpu import build, real
 
 SPARE = 80  # floats between the points of a workspace
 # What the source's Conv is given: integers, then addresses, of which four are its workspace's.
@@ -46,10 +46,10 @@ class Around(NamedTuple):
 
 
 @functools.cache
-def _lanes() -> int:
+def lanes() -> int:
     """Channels come in multiples of it; 0: there is no library."""
-    library = build.library(SOURCE)
-    return 0 if library is None else int(library.conv_lanes())
+    found = build.compiled(SOURCE)
+    return 0 if found is None else int(found.conv_lanes())
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None, around: Around) -> bool:
@@ -69,8 +69,8 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None, around: Around) -> boo
         and min(h, w) > 1
         and not (around.pool and (h % 2 or w % 2))
         and x.is_contiguous(memory_format=torch.channels_last)
-        and _lanes() > 0
-        and c % _lanes() == k % _lanes() == 0
+        and lanes() > 0
+        and c % lanes() == k % lanes() == 0
     )
 
 
@@ -127,10 +127,8 @@ def _placed(t: Tensor | None) -> Tensor | None:
     """`t` with its values in memory, channels last."""
     if t is None:
         return None
-    if t.is_neg() or not t.data_ptr():  # of an imaginary part; zeros of autograd's
-        t = t + torch.zeros((), device=t.device)
     layout = torch.channels_last if t.dim() == 4 else torch.contiguous_format
-    return t if t.is_contiguous(memory_format=layout) else t.contiguous(memory_format=layout)
+    return real(t).contiguous(memory_format=layout)
 
 
 def _run(
@@ -145,7 +143,7 @@ def _run(
     ends = [*accumulate((of_weights, *of_tiles, 0 if made[2] is None else of_weights), initial=0)]
     room = _workspace(ends[-1]).data_ptr()
     tensors = [*map(_placed, given), *made]  # kept until the library is done
-    getattr(build.library(SOURCE), name)(_pack(
+    getattr(build.compiled(SOURCE), name)(_pack(
         n, c, k, h, w, around.reflect, around.upsample, around.pool, torch.get_num_threads(), chunk,
         *[0 if t is None else t.data_ptr() for t in tensors], *[room + 4 * end for end in ends[:4]],
     ))  # fmt: skip

@@ -52,6 +52,17 @@ class Epilogue:
         return text + (", residual_after_activation=True" if self.residual_after_activation else "")
 
 
+def symbol(layer: nn.Module, input: Any, *others: Any) -> Any:
+    """A call of `layer` in a graph of torch.fx, where it stands as a whole, as torch's do.
+
+    A tracer knows only what lies under `torch.nn` for such a leaf, and walks into others.
+    """
+    while others and others[-1] is None:
+        others = others[:-1]
+    path = input.tracer.path_of_module(layer)
+    return input.tracer.create_proxy("call_module", path, (input, *others), {})
+
+
 class NormLayer(nn.Module):
     """The part of every layer that is ours.
 
@@ -95,16 +106,6 @@ class NormLayer(nn.Module):
                 nn.init.normal_(self.weight, *self.weight_init)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-    def _symbol(self, input: Any, *others: Any) -> Any:
-        """This call in a graph of torch.fx, where a norm stands as a whole, as torch's do.
-
-        A tracer knows only what lies under `torch.nn` for such a leaf, and walks into this layer.
-        """
-        while others and others[-1] is None:
-            others = others[:-1]
-        path = input.tracer.path_of_module(self)
-        return input.tracer.create_proxy("call_module", path, (input, *others), {})
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(

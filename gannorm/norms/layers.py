@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import batchnorm, instancenorm
 
 from gannorm.norms import functional as F
-from gannorm.norms.base import BatchLayer, Epilogue, NormLayer, UntrackedLayer
+from gannorm.norms.base import BatchLayer, Epilogue, NormLayer, UntrackedLayer, symbol
 from gannorm.norms.checks import check_groups, check_layer_input
 
 Device = torch.device | str | int | None
@@ -43,7 +43,7 @@ class _InstanceNorm(UntrackedLayer, instancenorm._InstanceNorm):
         self, input: Tensor, residual: Tensor | None = None, epilogue: Epilogue | None = None
     ) -> Tensor:
         if check_layer_input(input, self, self.num_features, self.layouts):
-            return self._symbol(input, residual)
+            return symbol(self, input, residual)
         unbatched = input.dim() < len(self.layouts[0])
         if unbatched:
             input = input.unsqueeze(0)
@@ -112,7 +112,7 @@ class _BatchNorm(BatchLayer, batchnorm._BatchNorm):
         self, input: Tensor, residual: Tensor | None = None, epilogue: Epilogue | None = None
     ) -> Tensor:
         if check_layer_input(input, self, self.num_features, self.layouts):
-            return self._symbol(input, residual)
+            return symbol(self, input, residual)
 
         def run(mean: Tensor | None, var: Tensor | None, training: bool, momentum: float) -> Tensor:
             return F.batch_norm(
@@ -184,7 +184,7 @@ class GroupNorm(NormLayer, nn.GroupNorm):
         self, input: Tensor, residual: Tensor | None = None, epilogue: Epilogue | None = None
     ) -> Tensor:
         if check_layer_input(input, self, self.num_channels, ("NC..",)):
-            return self._symbol(input, residual)
+            return symbol(self, input, residual)
         return F.group_norm(
             input, self.num_groups, self.weight, self.bias, self.eps,
             **(epilogue or self.epilogue).kwargs(residual),
@@ -277,7 +277,7 @@ class ConditionalInstanceNorm2d(_ConditionalNorm, UntrackedLayer):
 
     def forward(self, input: Tensor, labels: Tensor, residual: Tensor | None = None) -> Tensor:
         if check_layer_input(input, self, self.num_features, ("NCHW",)):
-            return self._symbol(input, labels, residual)
+            return symbol(self, input, labels, residual)
         return F.conditional_instance_norm(
             input, labels, self.weight, self.bias, self.eps, **self.epilogue.kwargs(residual)
         )
@@ -321,7 +321,7 @@ class ConditionalBatchNorm2d(_ConditionalNorm, BatchLayer, batchnorm._BatchNorm)
         self, input: Tensor, labels: Tensor, residual: Tensor | None = None
     ) -> Tensor:
         if check_layer_input(input, self, self.num_features, ("NCHW",)):
-            return self._symbol(input, labels, residual)
+            return symbol(self, input, labels, residual)
 
         def run(mean: Tensor | None, var: Tensor | None, training: bool, momentum: float) -> Tensor:
             return F.conditional_batch_norm(

@@ -98,7 +98,7 @@ class ClassConditional(Task):
         return self.on_device(batch["image"]), labels
 
     def _critic(self, *images: Tensor, labels: Tensor | None) -> Sequence[Tensor]:
-        # One pass over all of them: one power iteration, and larger convolutions.
+        # One pass over all of them: larger convolutions.
         each = None if labels is None else labels.repeat(len(images))
         logits = self.discriminators["D"](self._augment(torch.cat(images)), each)
         return logits.float().chunk(len(images))

@@ -71,15 +71,13 @@ class Task(ABC):
                 for average, trained in _pairs(net, self.generators[name]):
                     average.data = trained.data
         # By optimizer, for each network. Listing them anew costs 2 ms a step of small networks.
+        both = {"G": self.generators.values(), "D": self.discriminators.values()}
         self.trained = {
-            name: [[p for p in net.parameters() if p.requires_grad] for net in nets.values()]
-            for name, nets in (("G", self.generators), ("D", self.discriminators))
+            name: [[p for p in net.parameters() if p.requires_grad] for net in nets]
+            for name, nets in both.items()
         }
         # Spectral norms move once a step of their optimizer, however many passes it has.
-        self.moves = {
-            name: [by_hand(net) for net in nets.values()]
-            for name, nets in (("G", self.generators), ("D", self.discriminators))
-        }
+        self.moves = {name: [by_hand(net) for net in nets] for name, nets in both.items()}
         self.optimizers = {
             "G": self._optimizer(self.generators, cfg.optim.lr_g),
             "D": self._optimizer(self.discriminators, cfg.optim.lr_d),

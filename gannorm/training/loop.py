@@ -21,6 +21,7 @@ from gannorm.data import Data, batches, build_data
 from gannorm.diagnostics.faults import balance_faults
 from gannorm.errors import RequestError, RunError
 from gannorm.metrics.best import unmeasured
+from gannorm.models import winograd
 from gannorm.norms import cpu
 from gannorm.parallel import Left
 from gannorm.schema import Config
@@ -122,7 +123,7 @@ def _train(
         say("\n".join(lines))
         if device.type == "cpu":
             cpu.keep_memory()
-            cpu.kernels()  # compiled now, if ever: not while something is timed
+            cpu.kernels(), winograd.lanes()  # compiled now, if ever: not while something is timed
 
         # ---- what the figures are held against
         with run.evaluating():

@@ -22,7 +22,7 @@ from gannorm.norms.composed import (
 )
 from gannorm.norms.cpu.build import keep_memory, kernels, pack
 
-__all__ = ["NoSuchRow", "backward", "forward", "keep_memory", "kernels", "supports"]
+__all__ = ["NoSuchRow", "backward", "forward", "keep_memory", "kernels", "real", "supports"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as the source's enum
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
@@ -51,7 +51,7 @@ def is_last(x: Tensor) -> bool:
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _real(t: Tensor) -> Tensor:
+def real(t: Tensor) -> Tensor:
     """`t` with its values in memory as they are."""
     if t.is_neg():  # of an imaginary part
         t = t.resolve_neg()
@@ -62,7 +62,7 @@ def _real(t: Tensor) -> Tensor:
 
 def _dense(t: Tensor, x: Tensor | None = None) -> Tensor:
     """`t` (N, C, ...) with every sample dense; in the layout of `x`, if that has channels last."""
-    t = _real(t)
+    t = real(t)
     if x is not None and not x.is_contiguous() and is_last(x):
         return t if is_last(t) else torch.empty_like(x, dtype=t.dtype).copy_(t)
     if t.is_contiguous() or (t.dim() == 3 and t[0].is_contiguous()):
@@ -80,7 +80,7 @@ def _table(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """`t` (a vector, a table or labels) contiguous."""
     if t is None or (t.dtype is dtype and t.is_contiguous() and not t.is_neg() and t.data_ptr()):
         return t
-    return _real(t.detach()).to(dtype).contiguous()
+    return real(t.detach()).to(dtype).contiguous()
 
 
 def _address(t: Tensor | None) -> int:

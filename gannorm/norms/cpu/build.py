@@ -58,11 +58,11 @@ NORM = Source(
 
 def kernels() -> ctypes.CDLL | None:
     """The norms' compiled kernels; None where they cannot be had."""
-    return library(NORM)
+    return compiled(NORM)
 
 
 @functools.cache
-def library(source: Source) -> ctypes.CDLL | None:
+def compiled(source: Source) -> ctypes.CDLL | None:
     """The library that `source` makes; None where it cannot be had."""
     compiler = shlex.split(os.environ.get("CC", "cc"))
     if sys.platform != "linux" or not compiler or shutil.which(compiler[0]) is None:
